@@ -13,7 +13,7 @@ from protos import teacher_pb2 as pb
 
 assert sys.byteorder == "little", "the wire format is little-endian; this machine is not"
 
-_DTYPES = {
+_DTYPES: dict[int, np.dtype[Any]] = {
     pb.Array.UINT8: np.dtype("<u1"),
     pb.Array.INT32: np.dtype("<i4"),
     pb.Array.INT64: np.dtype("<i8"),
@@ -32,9 +32,7 @@ def to_message(array: NDArray[Any]) -> pb.Array:
     return pb.Array(dtype=_CODES[array.dtype], shape=array.shape, data=array.tobytes())
 
 
-def from_message(
-    message: pb.Array, name: str, dtype: type[np.generic], shape: tuple[int | None, ...]
-) -> NDArray[Any]:
+def from_message(message: pb.Array, name: str, dtype: type[np.generic], shape: tuple[int | None, ...]) -> NDArray[Any]:
     """Unpack without copying (read-only), after checking dtype and shape; None in shape accepts any length.
 
     Raises:
@@ -42,7 +40,7 @@ def from_message(
     """
     if message.dtype not in _DTYPES:
         raise ValueError(f"{name} has unknown dtype code {message.dtype}; expected {np.dtype(dtype)}")
-    sent = _DTYPES[message.dtype]
+    sent: np.dtype[Any] = _DTYPES[message.dtype]
     if sent != np.dtype(dtype):
         raise ValueError(f"{name} has dtype {sent}, expected {np.dtype(dtype)}")
     dims = tuple(message.shape)
@@ -52,4 +50,5 @@ def from_message(
     expected = math.prod(dims) * sent.itemsize
     if len(message.data) != expected:
         raise ValueError(f"{name} of shape {list(dims)} has {len(message.data)} bytes, expected {expected}")
-    return np.frombuffer(message.data, dtype=sent).reshape(dims)
+    flat: NDArray[Any] = np.frombuffer(message.data, dtype=sent)
+    return flat.reshape(dims)

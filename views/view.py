@@ -48,7 +48,7 @@ class Rows:
                 raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected {shape}")
         if num_rows > num_views:
             raise ValueError(f"{num_rows} rows need at least as many views, got {num_views}")
-        if num_rows and not (0 <= self.partner.min() and self.partner.max() < num_views):
+        if num_rows and not (self.partner.min() >= 0 and self.partner.max() < num_views):
             raise ValueError(f"partner must lie in [0, {num_views}), got {self.partner}")
 
     def __len__(self) -> int:

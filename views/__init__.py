@@ -1,0 +1,8 @@
+"""What a view is: the one definition that teacher and student share.
+
+view.py    Rows: which picture, which box, mirrored?, mixed with what
+draw.py    the law: (seed, step) -> rows; pure numpy
+render.py  boxes -> uint8 pixels, by DALI
+mix.py     uint8 views -> the network's mixed, normalised input
+wire.py    rows <-> messages
+"""
