@@ -1,0 +1,9 @@
+"""What a network is: architectures by name, and their weight files.
+
+Both `teacher_server/` and `student_trainer/` import this room; it knows nothing of views, wires or recipes.
+"""
+
+from models.architectures import create, zero_head
+from models.weights import ModelCard, load, save, weights_digest
+
+__all__ = ["ModelCard", "create", "load", "save", "weights_digest", "zero_head"]

@@ -1,0 +1,212 @@
+"""Weight files: a network together with what one must know to use it.
+
+What lives here: `ModelCard`, saving and loading. What does not: the naming of BiT's files (bit.py).
+
+Ours is one .safetensors file whose header carries the card as JSON, so that weights and their meaning cannot be
+parted; a second file beside the weights was the alternative, and would be lost at the first copy. Pickles
+(.pt, .pth, .bin, .ckpt) are refused: opening one runs whatever code it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models import is_model_pretrained
+from torch import nn
+
+from models import bit
+from models.architectures import check_name, create, default_cfg, zero_head
+
+_HEADER = "funmatch"  # the key of the card among the header's metadata
+_SUFFIXES = ".safetensors", ".npz"
+_PICKLES = ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What one must know of a network to feed it and to read its answers."""
+
+    architecture: str
+    """timm's name, for `create`."""
+    num_classes: int
+    """Outputs of the head."""
+    size: int
+    """Height and width, in pixels, of the pictures that it was made for."""
+    mean: tuple[float, float, float]
+    """Subtracted from RGB on the scale 0..1 (timm's convention)."""
+    std: tuple[float, float, float]
+    """Then divided by this; positive."""
+    data_set: str = ""
+    """Name of the data set whose classes the outputs are; "" if unknown."""
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1 or self.size < 1:
+            raise ValueError(f"num_classes and size must be positive, got {self.num_classes} and {self.size}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std need three numbers, std positive; got {self.mean} and {self.std}")
+
+
+def save(path: str | Path, model: nn.Module, card: ModelCard) -> None:
+    """Write weights and card to one .safetensors file; a reader sees the old file or the new one, whole."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: weights are saved as .safetensors")
+    # Cloned: safetensors refuses tensors that share memory, and wants each in plain row-major order.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, partial, metadata={_HEADER: json.dumps(dataclasses.asdict(card))})
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(
+    name_or_file: str | Path, architecture: str | None = None, num_classes: int | None = None
+) -> tuple[nn.Module, ModelCard]:
+    """Load a network in float32 on the CPU, in training mode as torch makes it, with its card.
+
+    Args:
+        name_or_file: a .safetensors file (ours, or another's with `architecture`), a BiT .npz file, or timm's
+            name of a network with published weights, which timm downloads.
+        architecture: timm's name, for files that do not say; must agree with those that do.
+        num_classes: a number other than the file's replaces the head by a zero one, to fine-tune on.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a weight file that we read, or tensors that do not fit (the message names them).
+    """
+    path = Path(name_or_file)
+    if path.suffix in _PICKLES:
+        raise ValueError(f"{path}: a pickle runs code when it is opened; convert it to .safetensors first")
+    if path.suffix in _SUFFIXES:
+        if not path.is_file():
+            raise FileNotFoundError(f"no such weight file: {path}")
+        model, card = (_load_npz if path.suffix == ".npz" else _load_safetensors)(path, architecture)
+    else:
+        model, card = _load_published(str(name_or_file), architecture)
+    if num_classes is not None and num_classes != card.num_classes:
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+        zero_head(model)
+        card = dataclasses.replace(card, num_classes=num_classes, data_set="")
+    return model, card
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hex SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, in order of name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _load_safetensors(path: Path, architecture: str | None) -> tuple[nn.Module, ModelCard]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a .safetensors file: {error}") from error
+    if header is not None:
+        card = _card(header, path)
+        _must_agree(architecture, card.architecture, path)
+    elif architecture is not None:
+        card = _foreign_card(architecture, tensors, path)
+    else:
+        raise ValueError(f"{path}: the file does not say which network it is; give architecture= (--architecture)")
+    model = create(card.architecture, card.num_classes)
+    _fill(model, tensors, path)
+    return model, card
+
+
+def _load_npz(path: Path, architecture: str | None) -> tuple[nn.Module, ModelCard]:
+    arrays = bit.read(path)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    architecture = architecture or bit.architecture(arrays, path)
+    card = _foreign_card(architecture, tensors, path)
+    model = create(card.architecture, card.num_classes)
+    _fill(model, tensors, path)
+    # The released files say their size in their name alone (R152x2_T_384.npz, R152x2_T_pet128.npz).
+    size = re.search(r"(?<!\d)\d{3}$", path.stem)
+    return model, dataclasses.replace(card, size=int(size.group())) if size else card
+
+
+def _load_published(name: str, architecture: str | None) -> tuple[nn.Module, ModelCard]:
+    check_name(name)
+    _must_agree(architecture, name, name)
+    if not is_model_pretrained(name):
+        raise ValueError(f"{name} has no published weights; give a weight file")
+    model: nn.Module = timm.create_model(name, pretrained=True)
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    return model, _card_from_cfg(name, int(cfg["num_classes"]), cfg)
+
+
+def _must_agree(asked: str | None, found: str, source: str | Path) -> None:
+    if asked is not None and asked != found:
+        raise ValueError(f"{source}: holds architecture {found!r}, not {asked!r}; leave architecture away")
+
+
+def _card(header: str, path: Path) -> ModelCard:
+    try:
+        fields = json.loads(header)
+        return ModelCard(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: the card in the file's header is damaged: {error}") from error
+
+
+def _foreign_card(architecture: str, tensors: Mapping[str, torch.Tensor], path: Path) -> ModelCard:
+    """A card for a file without one: the head's shape gives the classes, timm the rest."""
+    cfg = default_cfg(architecture)
+    head = f"{cfg['classifier']}.weight" if isinstance(cfg.get("classifier"), str) else ""
+    if head not in tensors:
+        raise ValueError(f"{path}: no tensor {head!r}, the head of {architecture}; is it another architecture?")
+    return _card_from_cfg(architecture, tensors[head].shape[0], cfg)
+
+
+def _card_from_cfg(architecture: str, num_classes: int, cfg: Mapping[str, Any]) -> ModelCard:
+    return ModelCard(
+        architecture=architecture,
+        num_classes=num_classes,
+        size=int(cfg["input_size"][1]),
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+    )
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Copy tensors into the model, after checking that names and shapes are exactly its own."""
+    own = model.state_dict()
+    # BatchNorm's counter of training steps: older files lack it, and no forward pass of ours reads it.
+    optional = {name for name in own if name.endswith(".num_batches_tracked")}
+    complaints = {
+        "missing": sorted(own.keys() - tensors.keys() - optional),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "misshapen": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in sorted(own.keys() & tensors.keys())
+            if tensors[name].shape != own[name].shape
+        ],
+    }
+    if any(complaints.values()):
+        found = "; ".join(f"{kind}: {bit.some(names)}" for kind, names in complaints.items() if names)
+        raise ValueError(f"{path}: the tensors do not fit {type(model).__name__}: {found}")
+    model.load_state_dict(tensors, strict=False)
