@@ -1,0 +1,48 @@
+"""How long to train, and the multiplier s(step) in [0, 1] of the whole update at each step.
+
+The paper's code knows one shape: a linear warm-up times one cosine down to zero, without restarts. The
+multiplier scales the learning rate and the weight decay alike (optimizer.py).
+
+Rejected: torch's LR schedulers. They hold state of their own, which would have to go into the checkpoint,
+and chaining them gives a warm-up *followed by* a cosine through state; this is one line, a function of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+def num_steps(epochs: float, num_train: int, batch_size: int) -> int:
+    """Steps of the global batch that show `epochs` times `num_train` pictures, to the nearest step.
+
+    The stream of samples never ends and batches cross epoch borders, so an epoch need not be a whole number
+    of steps: Flowers102 is 1.99 steps of 512.
+    """
+    return max(1, round(epochs * num_train / batch_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """s(t) = min(1, t / warmup) * (1 + cos(pi * clip((t - warmup) / (num_steps - warmup), 0, 1))) / 2.
+
+    t counts the updates done before this one: the first update has s(0) = 0 and only fills Adam's moments.
+    """
+
+    num_steps: int
+    """Length of the run in optimizer steps."""
+    warmup_steps: int
+    """Steps of linear warm-up (paper: 1500 for the small data sets, 5000 for ImageNet); 0 for none."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_steps < self.num_steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, but the run has {self.num_steps} steps: "
+                f"give it at least 0 and fewer than the run's steps, or train longer"
+            )
+
+    def __call__(self, step: int) -> float:
+        """Return s(step), for step = 0, 1, ..., num_steps - 1; zero from num_steps on."""
+        warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        progress = (step - self.warmup_steps) / (self.num_steps - self.warmup_steps)
+        return warmup * 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(0.0, progress))))

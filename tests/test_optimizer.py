@@ -1,0 +1,192 @@
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from student_trainer.optimizer import clip_gradients, kernels, make_optimizer, set_schedule
+from student_trainer.schedule import Schedule
+
+jax = pytest.importorskip("jax")
+jnp = pytest.importorskip("jax.numpy")
+optax = pytest.importorskip("optax")
+
+STEPS, WARMUP, LR, DECAY = 50, 10, 0.003, 1e-3
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(32, 5),
+    )  # fmt: skip
+
+
+def reference_chain(mu_dtype: str, names: list[str]) -> Any:
+    """The chain of the released code, written with optax's own blocks."""
+
+    def multiplier(t):
+        progress = jnp.clip((t - WARMUP) / (STEPS - WARMUP), 0.0, 1.0)
+        return jnp.minimum(1.0, t / WARMUP) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+    decayed = {name: name in ("0.weight", "5.weight") for name in names}
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(mu_dtype=jnp.dtype(mu_dtype)),
+        optax.scale(LR),
+        optax.add_decayed_weights(DECAY, mask=decayed),
+        optax.scale_by_schedule(multiplier),
+        optax.scale(-1.0),
+    )
+
+
+def train_both(mu_dtype: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[float]]:
+    """50 steps with the same gradients (torch's) in torch and in optax; final weights and clipped norms."""
+    net = small_net()
+    optimizer = make_optimizer(net, LR, DECAY, mu_dtype)
+    schedule = Schedule(num_steps=STEPS, warmup_steps=WARMUP)
+    weights = {name: jnp.asarray(p.detach().numpy().copy()) for name, p in net.named_parameters()}
+    chain = reference_chain(mu_dtype, list(weights))
+    state, update = chain.init(weights), jax.jit(chain.update)
+    generator = torch.Generator().manual_seed(1)
+    norms = []
+    for step in range(STEPS):
+        images = torch.randn(16, 3, 8, 8, generator=generator)
+        labels = torch.randint(5, (16,), generator=generator)
+        # Gradients from far above the clipping norm to far below it.
+        loss = functional.cross_entropy(net(images), labels) * 10 ** (1 - 2 * step / STEPS)
+        optimizer.zero_grad()
+        loss.backward()
+        grads = {name: jnp.asarray(p.grad.numpy().copy()) for name, p in net.named_parameters()}
+        updates, state = update(grads, state, weights)
+        weights = optax.apply_updates(weights, updates)
+        norms.append(float(clip_gradients(net.parameters(), 1.0)))
+        set_schedule(optimizer, schedule(step))
+        optimizer.step()
+    ours = {name: p.detach().numpy() for name, p in net.named_parameters()}
+    return ours, {name: np.asarray(w) for name, w in weights.items()}, norms
+
+
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+def test_fifty_steps_equal_optax_chain_of_the_released_code(mu_dtype):
+    ours, reference, norms = train_both(mu_dtype)
+    assert max(norms) > 1 > min(norms), "the test should clip some gradients and leave others"
+    start = dict(small_net().named_parameters())
+    for name in ours:
+        moved = np.abs(reference[name] - start[name].detach().numpy()).max()
+        assert moved > 0.04, name
+        # Measured 4e-7 in both precisions: a few units in the last place of weights near 1.
+        np.testing.assert_allclose(ours[name], reference[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_a_bfloat16_moment_is_another_trajectory_than_a_float32_one():
+    half, _, _ = train_both("bfloat16")
+    full, _, _ = train_both("float32")
+    assert max(np.abs(half[name] - full[name]).max() for name in half) > 1e-4
+
+
+def test_decay_touches_the_kernels_of_convolutions_and_dense_layers_only():
+    net = small_net()
+    net.register_parameter("token", nn.Parameter(torch.ones(1, 1, 4)))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(2.0)
+    optimizer = make_optimizer(net, lr=0.01, weight_decay=0.1)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    set_schedule(optimizer, 0.5)
+    optimizer.step()
+    left = {name: p.unique().item() for name, p in net.named_parameters()}
+    # s(t) * wd of the weight is gone, whatever lr is.
+    assert left.pop("0.weight") == left.pop("5.weight") == pytest.approx(2.0 * (1 - 0.5 * 0.1))
+    assert set(left.values()) == {2.0}
+
+
+def test_kernels_are_found_in_real_architectures_and_through_wrappers():
+    import timm
+
+    model = timm.create_model("mobilenetv3_small_050", num_classes=7)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)] for p in kernels(nn.Sequential(model))}
+    assert found == {name for name, p in model.named_parameters() if p.ndim > 1}
+    assert "classifier.weight" in found
+
+
+def test_frozen_parameters_are_left_alone():
+    net = small_net()
+    net[0].weight.requires_grad_(False)
+    optimizer = make_optimizer(net, lr=0.01, weight_decay=0.1)
+    assert all(p is not net[0].weight for group in optimizer.param_groups for p in group["params"])
+
+
+def test_the_first_update_with_multiplier_zero_moves_nothing_but_fills_the_moments():
+    net = small_net()
+    before = copy.deepcopy(net.state_dict())
+    optimizer = make_optimizer(net, LR, DECAY)
+    net(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert set_schedule(optimizer, 0.0) == 0.0
+    optimizer.step()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    moment = optimizer.state[net[0].weight]["exp_avg"]
+    torch.testing.assert_close(moment, 0.1 * net[0].weight.grad)
+
+
+def test_clipping_is_on_the_global_norm_and_comes_before_adam():
+    one, two = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    one.grad, two.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    norm = clip_gradients([one, two], 1.0)
+    assert norm.item() == pytest.approx(5.0)
+    torch.testing.assert_close(one.grad, torch.tensor([0.6, 0.0]))
+    torch.testing.assert_close(two.grad, torch.tensor([0.0, 0.8]))
+
+    # Adam of the clipped gradients: a long gradient must not outweigh the short one that follows it.
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(net.weight)
+    optimizer = make_optimizer(net, lr=1.0, weight_decay=0.0, mu_dtype="float32")
+    for gradient in (1000.0, -1.0):
+        net.weight.grad = torch.tensor([[gradient]])
+        clip_gradients(net.parameters(), 1.0)
+        optimizer.step()
+    mu, nu = (0.9 * 0.1 - 0.1) / (1 - 0.9**2), (0.999 * 0.001 + 0.001) / (1 - 0.999**2)
+    assert net.weight.item() == pytest.approx(-1.0 - mu / math.sqrt(nu), abs=1e-5)
+
+
+def test_a_non_finite_gradient_shows_in_the_returned_norm():
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([math.nan, 1.0])
+    assert not clip_gradients([weight], 1.0).isfinite()
+
+
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+def test_a_reloaded_optimizer_goes_on_bit_for_bit(mu_dtype):
+    def step(net, optimizer, seed):
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        net(images).square().sum().backward()
+        set_schedule(optimizer, 0.5)
+        optimizer.step()
+
+    net = small_net()
+    optimizer = make_optimizer(net, LR, DECAY, mu_dtype)
+    for seed in range(3):
+        step(net, optimizer, seed)
+    other = small_net()
+    other.load_state_dict(net.state_dict())
+    resumed = make_optimizer(other, LR, DECAY, mu_dtype)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(3, 6):
+        step(net, optimizer, seed)
+        step(other, resumed, seed)
+    for ours, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("lr", "mu_dtype"), [(0.0, "float32"), (0.1, "float16")])
+def test_settings_that_mean_nothing_are_refused(lr, mu_dtype):
+    with pytest.raises(ValueError, match=r"lr must be positive|mu_dtype must be"):
+        make_optimizer(small_net(), lr, 0.1, mu_dtype)
