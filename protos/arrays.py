@@ -13,7 +13,7 @@ from protos import teacher_pb2 as pb
 
 assert sys.byteorder == "little", "the wire format is little-endian; this machine is not"
 
-_DTYPES: dict[int, np.dtype[Any]] = {
+_DTYPES: dict[pb.Array.DType, np.dtype[Any]] = {
     pb.Array.UINT8: np.dtype("<u1"),
     pb.Array.INT32: np.dtype("<i4"),
     pb.Array.INT64: np.dtype("<i8"),

@@ -60,22 +60,24 @@ class Rows:
         """The number of views V: rows plus the partners that are not rows themselves."""
         return len(self.sample)
 
+    def views_of(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Positions of the views that rows start..stop-1 need: their own, then partners from outside."""
+        partner = self.partner[start:stop]
+        outside = partner[(partner < start) | (partner >= stop)]
+        return np.concatenate([np.arange(start, stop, dtype=np.int64), np.unique(outside)])
+
     def take(self, start: int, stop: int) -> Rows:
         """Rows start..stop-1 as a batch of their own, closed under the partner again.
 
         A slice of a batch paired by roll-by-one carries one extra view; a row that is its own partner none.
         """
-        own = np.arange(start, stop, dtype=np.int64)
-        partner = self.partner[start:stop].astype(np.int64)
-        inside = (partner >= start) & (partner < stop)
-        extra, position = np.unique(partner[~inside], return_inverse=True)
-        new_partner = np.where(inside, partner - start, 0).astype(np.int32)
-        new_partner[~inside] = len(own) + position
-        views = np.concatenate([own, extra])
+        views = self.views_of(start, stop)
+        moved_to = np.zeros(self.num_views, dtype=np.int32)
+        moved_to[views] = np.arange(len(views), dtype=np.int32)
         return Rows(
             sample=self.sample[views],
             box=self.box[views],
             flip=self.flip[views],
-            partner=new_partner,
+            partner=moved_to[self.partner[start:stop]],
             lam=self.lam[start:stop],
         )

@@ -1,0 +1,190 @@
+"""Every setting of a run, typed, with its unit. A recipe is a function that returns a full Config (recipes.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from views.draw import ViewLaw
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The pictures."""
+
+    root: Annotated[Path, tyro.conf.arg(aliases=["--data"])] = Path("data")
+    """Folder that `python -m data_prep.prepare` wrote."""
+    train: str = "train"
+    """Split to train on."""
+    evaluate: str = "val"
+    """Split to evaluate on."""
+    eval_crop: Literal["rs", "cc"] = "cc"
+    """View of evaluation: the whole picture (rs) or its centre (cc)."""
+    eval_keep: float = 128 / 160
+    """cc: share of the short side that the centre keeps. Small sets 128/160, ImageNet 224/256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The network that learns, and how it sees views."""
+
+    architecture: str = "resnetv2_50x1_bit"
+    """A name of timm's, or one of our small BiTs (models/architectures.py)."""
+    size: int = 128
+    """Height and width of its views, in pixels."""
+    interpolation: Literal["linear", "cubic"] = "linear"
+    """How a box is resized, for student and teacher alike. The reference: linear."""
+    antialias: bool = False
+    """Low-pass filter before shrinking, for student and teacher alike. The reference: no."""
+    weights: Path | None = None
+    """Start from this file (.safetensors, BiT .npz) instead of from scratch. The head is made anew when the
+    number of classes differs."""
+    zero_head: bool = True
+    """Head kernel and bias start at zero (big_vision bit_paper.py, head_zeroinit)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Who answers, and how long we wait."""
+
+    addresses: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--teacher"])] = ()
+    """Teacher servers, host:port or unix:/path. None: start one beside this run."""
+    model: str = ""
+    """Without addresses: the model of the teacher started beside this run (timm name, .safetensors, .npz)."""
+    size: int = 0
+    """Without addresses: size of the teacher's views in pixels; 0: the model's own."""
+    transport: Literal["auto", "reference", "encoded", "pixels"] = "auto"
+    """How pictures reach the teacher. auto: by reference if it sees the same data set, else as files, else as
+    rendered pixels."""
+    rows_per_request: int = 64
+    """A rank's batch is sent in requests of at most so many rows."""
+    window: int = 2
+    """Requests in flight per teacher."""
+    deadline_s: float = 120.0
+    """A request without an answer for so many seconds goes to another teacher."""
+    patience_s: float = 600.0
+    """Give up when no teacher has answered for so many seconds."""
+    audit_every: int = 50
+    """Every so many steps compare rendered views with the teacher's (view_mismatch). 0: never."""
+    audit_views: int = 4
+    """Views compared each time, per rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimiser of the reference (big_vision optax.py); weight decay is not multiplied by lr."""
+
+    batch_size: int = 512
+    """Rows of the global batch, over all ranks."""
+    epochs: float = 10_000.0
+    """Length of the run: round(epochs * pictures / batch_size) steps."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    weight_decay: float = 3e-4
+    """Decay of kernels per step at the schedule's peak."""
+    warmup_steps: int = 1500
+    """Linear warm-up, multiplied with the cosine."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+    mu_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Adam's first moment is kept in this precision. The reference: bfloat16."""
+    temperature: float = 1.0
+    """Of the distillation loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    recipe: str
+    """Name of the recipe this config came from."""
+    targets: Literal["teacher", "labels"] = "teacher"
+    """Learn from a teacher's logits (function matching), or from labels (supervised mode)."""
+    run_dir: Path = Path("runs/latest")
+    """Where everything of this run is written. A run that was stopped goes on from here."""
+    seed: int = 0
+    """Of initial weights, order, views and mixup."""
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewLaw = field(default_factory=ViewLaw)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: one CUDA device per process where there is one."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the student's forward and backward pass (autocast on CUDA)."""
+    channels_last: bool = True
+    """Memory format of the student's convolutions."""
+    prefetch: int = 3
+    """Batches that are read, sent to the teacher and rendered ahead."""
+    decode_threads: int = 2
+    """Threads that decode pictures, per process."""
+    evaluate_every: int = 500
+    """Steps between evaluations; there is always one at the end. 0: only at the end."""
+    eval_batch: int = 128
+    """Pictures of an evaluation batch, per process."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("optim.batch_size", "optim.epochs", "optim.lr", "teacher.rows_per_request", "teacher.window",
+                     "prefetch", "eval_batch", "checkpoint_every"):  # fmt: skip
+            if get_setting(self, name) <= 0:
+                raise ValueError(f"--{name} is {get_setting(self, name)}; it must be greater than 0")
+        if self.device == "cpu" and self.precision == "float16":
+            raise ValueError("--precision float16 needs a CUDA device; use bfloat16 or float32 on the CPU")
+
+
+# May change when a run goes on: none of them changes a row, a weight or a number of the optimiser.
+FREE_ON_RESUME = frozenset({
+    "run_dir", "data.root", "device", "prefetch", "decode_threads", "evaluate_every", "eval_batch",
+    "checkpoint_every", "teacher.addresses", "teacher.model", "teacher.size", "teacher.transport",
+    "teacher.rows_per_request", "teacher.window", "teacher.deadline_s", "teacher.patience_s",
+    "teacher.audit_every", "teacher.audit_views", "data.evaluate", "data.eval_crop", "data.eval_keep",
+    "student.weights",
+})  # fmt: skip
+
+
+def get_setting(config: Config, name: str) -> Any:
+    """The value of a setting by its dotted name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def settings(config: Any, prefix: str = "") -> dict[str, Any]:
+    """All settings by dotted name, as JSON can hold them."""
+    flat: dict[str, Any] = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            flat |= settings(value, f"{prefix}{entry.name}.")
+        else:
+            flat[prefix + entry.name] = str(value) if isinstance(value, Path) else value
+            if isinstance(value, tuple):
+                flat[prefix + entry.name] = list(value)
+    return flat
+
+
+def override(config: Config, args: Sequence[str]) -> Config:
+    """Apply command line settings; an unknown one ends the program with the known ones listed."""
+    try:
+        result, unknown = tyro.cli(
+            Config, default=config, args=list(args), return_unknown_args=True, prog="student_trainer/main.py"
+        )
+    except ValueError as error:  # a setting out of its range, refused by a __post_init__
+        sys.exit(str(error))
+    if unknown:
+        known = ["--" + name for name in settings(config)]
+        guess = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), known, n=3)
+        hint = f" Did you mean {' or '.join(guess)}?" if guess else ""
+        sys.exit(f"unknown setting {unknown[0]}.{hint}\nknown settings:\n  " + "\n  ".join(known))
+    return result
