@@ -20,6 +20,7 @@ evaluation of the released files reproduces the published accuracy.
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,9 +84,9 @@ def architecture(tensors: Mapping[str, NDArray[np.float32]], path: Path) -> str:
 
 def _arrays(path: Path) -> Tensors:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: _float32(archive[name]) for name in archive.files}
-    except (OSError, EOFError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, EOFError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: cannot be read as an .npz file of plain arrays: {error}") from error
 
 
