@@ -36,16 +36,18 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Rendering(_message.Message):
-    __slots__ = ("size", "interpolation", "antialias", "version")
+    __slots__ = ("size", "interpolation", "antialias", "version", "decoder")
     SIZE_FIELD_NUMBER: _ClassVar[int]
     INTERPOLATION_FIELD_NUMBER: _ClassVar[int]
     ANTIALIAS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    DECODER_FIELD_NUMBER: _ClassVar[int]
     size: int
     interpolation: str
     antialias: bool
     version: str
-    def __init__(self, size: _Optional[int] = ..., interpolation: _Optional[str] = ..., antialias: _Optional[bool] = ..., version: _Optional[str] = ...) -> None: ...
+    decoder: str
+    def __init__(self, size: _Optional[int] = ..., interpolation: _Optional[str] = ..., antialias: _Optional[bool] = ..., version: _Optional[str] = ..., decoder: _Optional[str] = ...) -> None: ...
 
 class DataSet(_message.Message):
     __slots__ = ("name", "digest", "num_samples")

@@ -1,7 +1,8 @@
 """How good the student is, and how close to its teacher: sums over examples, each counted once.
 
-Which examples a rank looks at (`shard_of`) and the accumulation (`Score`) live here. Rendering the
-evaluation views and asking the teacher is the loop's work; the distances themselves are loss.py's.
+Which examples a rank looks at (`shard_of`), the accumulation (`Score`) and the pass over a split (`Evaluation`)
+live here; the distances themselves are loss.py's. The teacher is evaluated through its own wire, on its own
+rendering of the same views.
 
 Rejected: padding every rank to equally many examples, as DistributedSampler does. It counts some examples
 twice, and the result then depends on the number of ranks.
@@ -11,14 +12,25 @@ Shape legend: B examples of a batch, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from data_prep.index import Index
+from models import ModelCard
+from student_trainer.config import Config
+from student_trainer.loader import Source, run_ahead
 from student_trainer.loss import agreement, kl_divergence
+from student_trainer.teacher_client import Fleet
 from student_trainer.world import World
+from views.draw import fixed_rows
+from views.mix import mix
+from views.render import Renderer
+from views.view import Rows
 
 _LABELLED = ("student_top1", "student_xent", "teacher_top1")
 _PAIRED = ("agreement_top1", "agreement_top5", "kl")
@@ -80,3 +92,66 @@ class Score:
             if count and (self._with_teacher or not about_teacher):
                 result[f"eval/{name}"] = total / count
         return result
+
+
+class Evaluation:
+    """One fixed view of every picture of the evaluation split, through student and teacher."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        index: Index,
+        fleet: Fleet | None,
+        renderer: Renderer,
+        teacher_renderer: Renderer | None,
+        card: ModelCard,
+    ) -> None:
+        """Name the parts.
+
+        Args:
+            config: split, crop and batch size of the evaluation; precision of the student.
+            world: who shares the work.
+            index: the data set.
+            fleet: the teachers, or None.
+            renderer: of the student's views; not the one that training uses.
+            teacher_renderer: of the teacher's views, for the pixels transport.
+            card: how the student's input is normalised.
+        """
+        self._config = config
+        self._world = world
+        self._index = index
+        self._with_teacher = fleet is not None
+        self._source = Source(index, renderer, fleet, teacher_renderer)
+        self._card = card
+
+    @torch.no_grad()
+    def run(self, student: nn.Module) -> dict[str, float]:
+        """Evaluate now; the same numbers on all ranks, which must all call it. The student goes on in train mode.
+
+        All ranks look through rank 0's batch statistics, which are those of the checkpoint.
+        """
+        device = self._world.device
+        self._world.broadcast_(student.buffers())
+        score = Score(device, self._with_teacher)
+        student.eval()
+        for batch in run_ahead(self._source, self._steps(), self._config.prefetch):
+            partner = torch.from_numpy(batch.rows.partner).long()
+            lam = torch.from_numpy(batch.rows.lam)
+            images = mix(batch.pixels.to(device), partner, lam, self._card.mean, self._card.std)
+            precision = self._config.precision
+            with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
+                student_logits = student(images).float()
+            labels = torch.from_numpy(self._index.label[batch.rows.sample]).long().to(device)
+            answer = None if batch.answer is None else torch.from_numpy(batch.answer.result()).to(device)
+            score.update(student_logits, labels, answer)
+        student.train()
+        return score.result(self._world)
+
+    def _steps(self) -> Iterator[tuple[int, Rows]]:
+        config, index = self._config.data, self._index
+        own = shard_of(index.splits[config.evaluate], self._world.rank, self._world.size)
+        for number, start in enumerate(range(0, len(own), self._config.eval_batch)):
+            part = own[start : start + self._config.eval_batch]
+            rows = fixed_rows(config.eval_crop, part, index.height, index.width, config.eval_keep)
+            yield number, rows

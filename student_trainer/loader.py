@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,7 @@ class Source:
         renderer: Renderer,
         fleet: Fleet | None,
         teacher_renderer: Renderer | None = None,
-        num_audits: Callable[[int], int] = lambda step: 0,
+        num_audits: Callable[[int], int] | None = None,
     ) -> None:
         """Name the parts.
 
@@ -96,7 +96,7 @@ class Source:
         image: NDArray[np.int64],
     ) -> Answer:
         assert self._fleet is not None
-        num_audits = self._num_audits(step)
+        num_audits = self._num_audits(step) if self._num_audits else 0
         if self._fleet.transport == "encoded":
             place = {int(sample): i for i, sample in enumerate(samples)}
             return self._fleet.ask(rows, picture=lambda s: pictures[place[s]].tobytes(), num_audits=num_audits)
@@ -107,7 +107,7 @@ class Source:
         return self._fleet.ask(rows, num_audits=num_audits)
 
 
-def run_ahead(source: Source, steps: Iterable[tuple[int, Rows]], depth: int) -> Iterator[Batch]:
+def run_ahead(source: Source, steps: Iterable[tuple[int, Rows]], depth: int) -> Generator[Batch, None, None]:
     """The batches of the given steps, in order, up to `depth` of them made ahead by a thread.
 
     An error of the thread is raised here. Closing the generator (or leaving its loop) stops the thread.
@@ -118,7 +118,8 @@ def run_ahead(source: Source, steps: Iterable[tuple[int, Rows]], depth: int) -> 
     def hand_over(item: Batch | BaseException | None) -> None:
         while not stopped.is_set():
             try:
-                return ready.put(item, timeout=0.1)
+                ready.put(item, timeout=0.1)
+                return
             except queue.Full:
                 continue
 
@@ -129,7 +130,7 @@ def run_ahead(source: Source, steps: Iterable[tuple[int, Rows]], depth: int) -> 
                     return
                 hand_over(source.batch(step, rows))
             hand_over(None)
-        except BaseException as error:  # noqa: BLE001: whatever it is, it belongs to the loop
+        except BaseException as error:  # whatever it is, it belongs to the loop
             hand_over(error)
 
     thread = threading.Thread(target=work, name="loader", daemon=True)

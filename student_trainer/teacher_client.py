@@ -361,7 +361,7 @@ class _Replica:
             ("grpc.use_local_subchannel_pool", 1),
         ]
         self._channel = grpc.insecure_channel(address, options=options)
-        self._stub = pb_grpc.TeacherStub(self._channel)
+        self._stub = pb_grpc.TeacherStub(self._channel)  # type: ignore[no-untyped-call]
         self._met = threading.Lock()
         self._is_one_of_us = False
         for i in range(window):
@@ -449,7 +449,7 @@ def _choose_transport(description: pb.Description, wanted: Transport | None, dat
         "encoded": description.renders,
         "pixels": True,
     }
-    chosen: Transport = wanted or next(name for name, offer in offered.items() if offer)
+    chosen = wanted if wanted is not None else next(name for name, offer in offered.items() if offer)
     if not offered[chosen]:
         raise TeacherRefusedError(
             f"the teacher does not offer --teacher.transport {chosen}: it "
@@ -468,7 +468,7 @@ def _words(error: Exception) -> str:
 
 def _push_back_s(error: grpc.RpcError) -> float | None:
     """How long the server asks us to wait, if it says so."""
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-retry-pushback-ms":
-            return float(value) / 1000
+    for entry in error.trailing_metadata() or ():
+        if entry.key == "grpc-retry-pushback-ms":
+            return float(entry.value) / 1000
     return None

@@ -11,6 +11,7 @@ world of one in a test.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -58,6 +59,19 @@ class World:
     def all_mean(self, tensor: Tensor) -> Tensor:
         """Mean over ranks, on every rank, of a floating-point tensor on `device`; a new tensor."""
         return self.all_sum(tensor) / self.size
+
+    def all_max(self, tensor: Tensor) -> Tensor:
+        """Largest over ranks, element by element, on every rank; a new tensor."""
+        largest = tensor.detach().clone()
+        if self.connected:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest
+
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors on `device` by rank 0's."""
+        if self.connected:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
 
     def broadcast_object(self, value: T) -> T:
         """Rank 0's value, on every rank; anything that pickles. The other ranks' argument is ignored."""

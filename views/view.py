@@ -81,3 +81,13 @@ class Rows:
             partner=moved_to[self.partner[start:stop]],
             lam=self.lam[start:stop],
         )
+
+    def alone(self, start: int, stop: int) -> Rows:
+        """The views of rows start..stop-1, not mixed with anything."""
+        return Rows(
+            sample=self.sample[start:stop],
+            box=self.box[start:stop],
+            flip=self.flip[start:stop],
+            partner=np.arange(stop - start, dtype=np.int32),
+            lam=np.ones(stop - start, dtype=np.float32),
+        )

@@ -1,0 +1,77 @@
+"""A teacher beside the run, for runs that were given none: a server process of this machine that ends with us."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from student_trainer.config import Config
+
+_ROOT = Path(__file__).resolve().parents[1]
+_LOAD_TIMEOUT_S = 900.0  # a large model downloads, folds, compiles and warms up
+
+
+@contextlib.contextmanager
+def teacher_beside(config: Config, device: str) -> Iterator[str]:
+    """Start `teacher_server` for config.teacher.model, and yield its address once it serves.
+
+    The server holds our end of a pipe as its standard input: however this process ends, it ends too. Its log is
+    run_dir/teacher.log.
+
+    Raises:
+        RuntimeError: it ended, or did not come up; quotes the end of its log.
+    """
+    log_file = config.run_dir / "teacher.log"
+    with tempfile.TemporaryDirectory(prefix="funmatch-") as folder, log_file.open("ab") as log:
+        address_file = Path(folder) / "address"
+        server = subprocess.Popen(
+            [*_command(config, device), f"--address-file={address_file}"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # The server is no rank: torchrun's thread limit and variables are not meant for it.
+            env={**_without_torchrun(os.environ), "PYTHONPATH": str(_ROOT)},
+            start_new_session=True,  # Ctrl-C is for the trainer, which then closes the server's standard input
+        )
+        try:
+            yield _wait_for_address(server, address_file, log_file)
+        finally:
+            assert server.stdin is not None
+            server.stdin.close()
+            try:
+                server.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _command(config: Config, device: str) -> list[str]:
+    command = [
+        sys.executable, "-m", "teacher_server.main", "--exit-when-stdin-closes", "--address=127.0.0.1:0",
+        f"--model={config.teacher.model}", f"--data={config.data.root}", f"--device={device}",
+        f"--interpolation={config.student.interpolation}",
+        "--antialias" if config.student.antialias else "--no-antialias",
+    ]  # fmt: skip
+    return command + ([f"--size={config.teacher.size}"] if config.teacher.size else [])
+
+
+def _without_torchrun(environment: os._Environ[str]) -> dict[str, str]:
+    ours = ("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in environment.items() if k not in ours and not k.startswith("TORCHELASTIC")}
+
+
+def _wait_for_address(server: subprocess.Popen[bytes], address_file: Path, log_file: Path) -> str:
+    deadline = time.monotonic() + _LOAD_TIMEOUT_S
+    while not address_file.exists():
+        if server.poll() is not None or time.monotonic() > deadline:
+            state = f"ended with exit code {server.returncode}" if server.returncode is not None else "is not ready"
+            tail = "\n  ".join(log_file.read_text(errors="replace").splitlines()[-12:])
+            raise RuntimeError(f"the teacher started beside this run {state}. The end of {log_file}:\n  {tail}")
+        time.sleep(0.1)
+    return address_file.read_text().strip()

@@ -1,0 +1,376 @@
+"""The training loop: fetch, ask the teacher, step, log, evaluate, save. One function, read top to bottom.
+
+Everything random is a function of (seed, step, sample), so the loop keeps no state but the network, the optimizer
+and the number of the step: a run that was killed goes on from its last checkpoint to the same weights.
+
+Names: R rows and V views of this process's share of the batch, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import models
+from data_prep.index import Index
+from student_trainer import checkpoint
+from student_trainer.audit import ViewAudit, teacher_rendering
+from student_trainer.config import FREE_ON_RESUME, Config, settings
+from student_trainer.contact_sheet import first_batch_sheet
+from student_trainer.evaluate import Evaluation
+from student_trainer.loader import Batch, Source, run_ahead
+from student_trainer.local_teacher import teacher_beside
+from student_trainer.loss import agreement, distillation_loss, entropy, mixup_cross_entropy
+from student_trainer.metrics import Metrics, read
+from student_trainer.optimizer import clip_gradients, make_optimizer, set_schedule
+from student_trainer.report import draw_report
+from student_trainer.schedule import Schedule, num_steps
+from student_trainer.teacher_client import Fleet
+from student_trainer.world import World
+from views.draw import Plan
+from views.mix import mix
+from views.philox import philox
+from views.render import Renderer, Rendering
+
+log = logging.getLogger(__name__)
+
+_SHEET_VIEWS = 8  # pairs on the sheet of the first batch
+_DROPOUT = 16  # purpose of the random numbers inside the network; those of the views are below (views/draw.py)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is not a number; training on would spoil the weights."""
+
+
+def train(config: Config, world: World) -> dict[str, Any]:
+    """Run a recipe to its end, from its last checkpoint if there is one. Returns the summary (summary.json).
+
+    Raises:
+        NonFiniteLossError: on all ranks, before the update.
+        TeacherError: nobody answers, or the teachers refuse.
+        ValueError: settings that do not fit each other or the checkpoint.
+    """
+    with contextlib.ExitStack() as cleanup:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        stop_signal = _StopSignal()
+        device_id = world.device.index if world.device.type == "cuda" else None
+
+        # ---- what we train on ------------------------------------------------------------------------------
+        index = Index.open(config.data.root)
+        for split in (config.data.train, config.data.evaluate):
+            if split not in index.splits:
+                raise ValueError(f"{config.data.root} has no split {split!r}; it has {list(index.splits)}")
+        if config.optim.batch_size % world.size:
+            raise ValueError(f"--optim.batch_size {config.optim.batch_size} is no multiple of {world.size} processes")
+        plan = Plan(
+            seed=config.seed, batch_size=config.optim.batch_size, law=config.views,
+            samples=index.splits[config.data.train], height=index.height, width=index.width,
+        )  # fmt: skip
+        share = config.optim.batch_size // world.size
+        first_row, last_row = world.rank * share, (world.rank + 1) * share
+        total_steps = num_steps(config.optim.epochs, len(plan.samples), config.optim.batch_size)
+        schedule = Schedule(num_steps=total_steps, warmup_steps=config.optim.warmup_steps)
+        rendering = Rendering(
+            size=config.student.size, interpolation=config.student.interpolation, antialias=config.student.antialias
+        )
+
+        # ---- who teaches -----------------------------------------------------------------------------------
+        fleet: Fleet | None = None
+        audit: ViewAudit | None = None
+        teacher_renderers: list[Renderer] = []  # for training and evaluation, where we render for the teacher
+        if config.targets == "teacher":
+            fleet = cleanup.enter_context(_meet_teachers(config, world, index, cleanup))
+            size = teacher_rendering(fleet.description, rendering)
+            audit = ViewAudit(index, fleet, rendering, device_id)
+            if fleet.transport == "pixels":
+                teacher_renderers = [Renderer(size, share + 1, device_id, config.decode_threads) for _ in range(2)]
+            if index.classes and fleet.description.num_classes != len(index.classes):
+                raise ValueError(
+                    f"the teacher has {fleet.description.num_classes} classes, {config.data.root} "
+                    f"{len(index.classes)}: is it a teacher for this data set?"
+                )
+        elif not index.classes:
+            raise ValueError(f"{config.data.root} has no labels; --targets labels needs them")
+
+        # ---- who learns ------------------------------------------------------------------------------------
+        torch.manual_seed(config.seed)
+        num_classes = fleet.description.num_classes if fleet else len(index.classes)
+        student, card = _make_student(config, num_classes, index.name)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        student.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
+        optimizer = make_optimizer(student, config.optim.lr, config.optim.weight_decay, config.optim.mu_dtype)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
+        autocast_dtype = getattr(torch, config.precision)
+
+        # ---- where we were ---------------------------------------------------------------------------------
+        first_step = 0
+        saved = world.broadcast_object(checkpoint.load_latest(config.run_dir) if world.is_main else None)
+        identity = {"data": index.digest, "teacher": fleet.description.fingerprint if fleet else ""}
+        if saved is not None:
+            checkpoint.refuse_other_settings(
+                saved["config"] | saved["identity"], settings(config) | identity, FREE_ON_RESUME
+            )
+            student.load_state_dict(saved["student"])
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+            first_step = saved["step"]
+        network = DistributedDataParallel(student) if world.connected else student
+
+        # ---- say what will be done -------------------------------------------------------------------------
+        _introduce(config, world, student, fleet, total_steps, first_step)
+        metrics = None
+        if world.is_main:
+            (config.run_dir / "config.json").write_text(json.dumps(settings(config), indent=1) + "\n")
+            resumed_step = None if saved is None else first_step
+            metrics = cleanup.enter_context(Metrics(config.run_dir, resumed_step))
+        renderer = Renderer(rendering, share + 1, device_id, config.decode_threads)
+        num_audits = _audit_plan(config)
+        source = Source(index, renderer, fleet, teacher_renderers[0] if teacher_renderers else None, num_audits)
+        evaluation = Evaluation(
+            config, world, index, fleet, Renderer(rendering, config.eval_batch, device_id, config.decode_threads),
+            teacher_renderers[1] if teacher_renderers else None, card,
+        )  # fmt: skip
+
+        def save(step: int) -> None:
+            if world.is_main:
+                checkpoint.save(config.run_dir, {
+                    "step": step, "student": student.state_dict(), "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(), "config": settings(config), "identity": identity,
+                })  # fmt: skip
+
+        steps = ((step, plan.rows(step, first_row, last_row)) for step in range(first_step, total_steps))
+        batches = run_ahead(source, steps, config.prefetch)
+        cleanup.callback(batches.close)
+        progress = cleanup.enter_context(
+            tqdm(total=total_steps, initial=first_step, unit="step", disable=not world.is_main, mininterval=1.0)
+        )
+        labels = torch.from_numpy(np.array(index.label)) if config.targets == "labels" else None
+        last_time = time.monotonic()
+        network.train()
+
+        for step in range(first_step, total_steps):
+            # ---- fetch -------------------------------------------------------------------------------------
+            batch = next(batches)
+            fetched_time = time.monotonic()
+            if step == first_step and world.is_main:
+                _draw_first_batch(config, batch, audit)
+            partner = torch.from_numpy(batch.rows.partner).long().to(world.device)
+            lam = torch.from_numpy(batch.rows.lam).to(world.device)
+            images_R3SS = mix(batch.pixels.to(world.device), partner, lam, card.mean, card.std)
+            images_R3SS = images_R3SS.contiguous(memory_format=memory_format)
+
+            # ---- ask the teacher (asked long ago: this waits for what is missing) ---------------------------
+            asked_time = time.monotonic()
+            teacher_RK = None
+            if batch.answer is not None:
+                teacher_RK = torch.from_numpy(batch.answer.result()).to(world.device)
+            teacher_wait_s = time.monotonic() - asked_time
+
+            # ---- step --------------------------------------------------------------------------------------
+            torch.manual_seed(int(philox(config.seed, step & 0xFFFFFFFF, world.rank, 0, _DROPOUT << 16)[0]))
+            lr = set_schedule(optimizer, schedule(step))
+            with torch.autocast(world.device.type, autocast_dtype, enabled=config.precision != "float32"):
+                student_RK = network(images_R3SS).float()
+            if teacher_RK is not None:
+                loss = distillation_loss(student_RK, teacher_RK, config.optim.temperature)
+            else:
+                assert labels is not None
+                labels_V = labels[batch.rows.sample].long().to(world.device)
+                loss = mixup_cross_entropy(student_RK, labels_V, partner, lam)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.unscale_(optimizer)
+            grad_norm = clip_gradients(student.parameters(), config.optim.clip_norm)
+            numbers = {"loss": loss, "student_entropy": entropy(student_RK).mean()}
+            if teacher_RK is not None:
+                numbers |= {
+                    "teacher_entropy": entropy(teacher_RK).mean(),
+                    "agreement_top1": agreement(student_RK, teacher_RK, k=1).float().mean(),
+                }
+            numbers["stop"] = torch.tensor(float(stop_signal.received), device=world.device)
+            values = world.all_mean(torch.stack([value.detach().float() for value in numbers.values()])).tolist()
+            line = dict(zip(numbers, values, strict=True))
+            if not np.isfinite(line["loss"]):
+                raise NonFiniteLossError(
+                    f"the loss is {line['loss']} at step {step}, on all ranks, before the update. The last checkpoint "
+                    f"is from before it. A lower --optim.lr or a longer --optim.warmup_steps often helps."
+                )
+            scaler.step(optimizer)
+            scaler.update()
+
+            # ---- log ---------------------------------------------------------------------------------------
+            done = step + 1
+            now = time.monotonic()
+            must_stop = line.pop("stop") > 0
+            line |= {
+                "lr": lr, "grad_norm": float(grad_norm), "images_per_s": config.optim.batch_size / (now - last_time),
+                "data_wait_s": fetched_time - last_time, "teacher_wait_s": teacher_wait_s,
+            }  # fmt: skip
+            if audit is not None and num_audits(step):
+                mismatch = audit.mismatch(batch)
+                worst = world.all_max(torch.tensor(-1.0 if mismatch is None else mismatch, device=world.device))
+                line["view_mismatch"] = worst.item()
+            last_time = now
+            progress.set_postfix(_postfix(line), refresh=False)
+            progress.update()
+
+            # ---- evaluate ----------------------------------------------------------------------------------
+            if done == total_steps or (config.evaluate_every and done % config.evaluate_every == 0):
+                line |= evaluation.run(student)
+                progress.write(_evaluation_line(done, line)) if world.is_main else None
+                last_time = time.monotonic()
+            if metrics:
+                metrics.write(done, line)
+
+            # ---- save --------------------------------------------------------------------------------------
+            if done == total_steps or done % config.checkpoint_every == 0 or must_stop:
+                save(done)
+                last_time = time.monotonic()
+            if must_stop:
+                world.say(f"stopped at step {done} by a signal; the same command goes on from here")
+                return {"steps": done, "stopped": True}
+
+        return _finish(config, world, student, card, total_steps)
+
+
+def _finish(
+    config: Config, world: World, student: nn.Module, card: models.ModelCard, total_steps: int
+) -> dict[str, Any]:
+    """Write model.safetensors, summary.json and report.png; return the summary."""
+    summary: dict[str, Any] = {}
+    if world.is_main:
+        models.save(config.run_dir / "model.safetensors", student, card)
+        summary = summarise(config, total_steps)
+        (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        draw_report(config.run_dir)
+    return world.broadcast_object(summary)
+
+
+def summarise(config: Config, total_steps: int) -> dict[str, Any]:
+    """The numbers that a run comes down to, from its record."""
+    lines = read(config.run_dir)
+    last = next(line for line in reversed(lines) if "eval/student_top1" in line or "eval/kl" in line)
+    rates = [line["images_per_s"] for line in lines if line.get("images_per_s")]
+    audits = [line["view_mismatch"] for line in lines if line.get("view_mismatch") is not None]
+    return {
+        "recipe": config.recipe,
+        "steps": total_steps,
+        "images_seen": total_steps * config.optim.batch_size,
+        **{name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")},
+        "images_per_s": float(np.median(np.array(rates, dtype=float))),
+        "view_mismatch_max": max((value for value in audits if value is not None), default=None),
+        "views_audited_at_steps": len(audits),
+    }
+
+
+def _meet_teachers(config: Config, world: World, index: Index, cleanup: contextlib.ExitStack) -> Fleet:
+    addresses = config.teacher.addresses
+    if not addresses:
+        if not config.teacher.model:
+            raise ValueError(
+                "no teacher: give the addresses of running ones (--teacher HOST:PORT), or a model to start one "
+                "beside this run (--teacher.model NAME_OR_FILE)"
+            )
+        address = ""
+        if world.is_main:
+            world.say(f"starting a teacher beside this run: {config.teacher.model}")
+            address = cleanup.enter_context(teacher_beside(config, world.device.type))
+        addresses = (world.broadcast_object(address),)
+    return Fleet(
+        addresses,
+        data_digest=index.digest,
+        transport=None if config.teacher.transport == "auto" else config.teacher.transport,
+        rows_per_request=config.teacher.rows_per_request,
+        window=config.teacher.window,
+        deadline_s=config.teacher.deadline_s,
+        patience_s=config.teacher.patience_s,
+    )
+
+
+def _make_student(config: Config, num_classes: int, data_set: str) -> tuple[nn.Module, models.ModelCard]:
+    """The network and how its input is normalised: as its weights want it, or to -1..1 as the reference does."""
+    half = (0.5, 0.5, 0.5)
+    if config.student.weights is not None:
+        model, card = models.load(config.student.weights, config.student.architecture, num_classes)
+        half_or_own = {"mean": card.mean, "std": card.std}
+    else:
+        model = models.create(config.student.architecture, num_classes)
+        half_or_own = {"mean": half, "std": half}
+        if config.student.zero_head:
+            models.zero_head(model)
+    return model, models.ModelCard(
+        architecture=config.student.architecture, num_classes=num_classes, size=config.student.size,
+        data_set=data_set, **half_or_own,
+    )  # fmt: skip
+
+
+def _audit_plan(config: Config) -> Any:
+    """How many views of a step the teacher shall vouch for."""
+    every, views = config.teacher.audit_every, config.teacher.audit_views
+    return lambda step: views if every and step % every == 0 else 0
+
+
+def _introduce(
+    config: Config, world: World, student: nn.Module, fleet: Fleet | None, total_steps: int, first_step: int
+) -> None:
+    """Before the first step: the resolved config, the parameter table, one line per process."""
+    world.say(f"recipe {config.recipe}:\n" + "\n".join(f"  --{k} {v}" for k, v in settings(config).items()))
+    table = [(name, sum(p.numel() for p in child.parameters())) for name, child in student.named_children()]
+    rows = [f"  {name:24}{count:>14,}" for name, count in [*table, ("total", sum(count for _, count in table))]]
+    world.say(f"student {config.student.architecture}, parameters:\n" + "\n".join(rows))
+    teacher = "no teacher (labels)"
+    if fleet:
+        who = fleet.description
+        teacher = f"teacher {who.model} {who.precision} {who.rendering.size} px, pictures by {fleet.transport}"
+    print(f"rank {world.rank} of {world.size}: {world.device}, torch {torch.__version__}, {teacher}", flush=True)
+    world.barrier()
+    begin = f"going on from step {first_step}" if first_step else "from the beginning"
+    world.say(f"{total_steps} steps of {config.optim.batch_size} rows, {begin}; everything goes to {config.run_dir}")
+
+
+def _draw_first_batch(config: Config, batch: Batch, audit: ViewAudit | None) -> None:
+    """first_batch.png: the first views as student and teacher saw them, and mixed."""
+    num = min(_SHEET_VIEWS, len(batch.rows))
+    rows = batch.rows.take(0, num)
+    own = batch.pixels[torch.from_numpy(batch.rows.views_of(0, num))].cpu()
+    mixed = mix(own, torch.from_numpy(rows.partner).long(), torch.from_numpy(rows.lam), (0, 0, 0), (1, 1, 1))
+    captions = [
+        f"{sample} ({y},{x}) {h}x{w}{' flipped' if flip else ''}"
+        for sample, (y, x, h, w), flip in zip(rows.sample[:num], rows.box[:num], rows.flip[:num], strict=True)
+    ]
+    theirs = audit.sheet(batch, num) if audit else None
+    path = config.run_dir / "first_batch.png"
+    first_batch_sheet(path, own[:num].numpy(), theirs, captions, student_mixed=mixed.permute(0, 2, 3, 1).numpy())
+
+
+def _postfix(line: dict[str, Any]) -> dict[str, str]:
+    shown = {"loss": f"{line['loss']:.4f}", "img/s": f"{line['images_per_s']:.0f}"}
+    return shown | {"teacher wait": f"{1000 * line['teacher_wait_s']:.0f}ms"}
+
+
+def _evaluation_line(step: int, line: dict[str, Any]) -> str:
+    shown = [f"{name.removeprefix('eval/')} {value:.4f}" for name, value in line.items() if name.startswith("eval/")]
+    return f"step {step}: " + ", ".join(shown)
+
+
+class _StopSignal:
+    """SIGTERM and SIGINT ask for a checkpoint and an end; the second one ends at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _frame: Any) -> None:
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)
