@@ -9,21 +9,17 @@ nothing is published: the finished set waits in OUT.partial, and the same comman
 publishes it at once.
 
 Not here: the layouts of the archives (layouts.py), a picture (picture.py), a shard (shards.py), the
-format (index.py).
+processes (pool.py), the format (index.py).
 """
 
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +28,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
-from data_prep import layouts
+from data_prep import layouts, pool
 from data_prep.archive import Source, files_below
 from data_prep.download import download
 from data_prep.index import DATASET_FILE, Index, flush_to_disk, write_index
@@ -281,42 +277,15 @@ def _listed_classes(source: Path) -> tuple[str, ...]:
 
 def _run(jobs: Sequence[WriteJob | IndexJob], workers: int | None, total: int | None, progress: bool) -> list[Report]:
     """Do the jobs in processes; reports in the order of the jobs. Bad pictures are named as they are met."""
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     # disable=None: no bar into a log file
     with tqdm(total=total, unit="picture", smoothing=0.05, disable=None if progress else True) as bar:
         reports = []
-        for report in _results(jobs, workers):
+        for report in pool.run(work, jobs, workers):
             reports.append(report)
             bar.update(report.num_seen)
             for picture, reason in report.corrupt:
                 bar.write(f"does not decode: {picture}: {reason}", file=sys.stderr)
     return reports
-
-
-def _results(jobs: Sequence[WriteJob | IndexJob], workers: int) -> Iterator[Report]:
-    if workers <= 1:
-        yield from map(work, jobs)
-        return
-    # spawn: the parent may hold threads (torch, tqdm), which do not survive a fork
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin_worker)
-    try:
-        yield from pool.map(work, jobs)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    """A worker ends with its parent, even a killed one, and leaves Ctrl-C to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _split_ranges(reports: Sequence[Report]) -> dict[str, range]:
