@@ -179,12 +179,15 @@ class Batcher(Generic[P]):
         low, high = _RETRY_RANGE_S
         return min(max(self._pending_rows * self._seconds_per_row / 2, low), high)
 
-    def close(self) -> None:
-        """Take nothing new, wait until every ticket's context has been left, and end the thread."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Take nothing new, wait until every ticket's context has been left, and end the thread.
+
+        After timeout_s seconds it is left behind: a device that hangs must not keep the process alive.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(timeout_s)
 
     def _enqueue(self, ticket: Ticket[P]) -> None:
         with self._changed:

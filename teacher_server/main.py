@@ -1,0 +1,91 @@
+"""The door: `python -m teacher_server.main --model NAME_OR_FILE [--data DIR ...]`; --help lists every setting.
+
+Exit codes: 0 drained as asked, 2 a setting or file is wrong, 3 the start-up gate refused, 4 the model broke.
+The first SIGTERM (or SIGINT) drains: NOT_SERVING, requests in progress finish. The second ends at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+import tyro
+
+from teacher_server import events
+from teacher_server.config import Config
+from teacher_server.gate import GateError
+from teacher_server.server import Server, create_server
+
+_WRONG, _REFUSED, _BROKEN = 2, 3, 4
+
+
+def main() -> int:
+    """Serve until told to stop; returns the exit code."""
+    events.set_up()
+    try:
+        config = tyro.cli(Config, description=__doc__)
+        server, address = create_server(config)
+    except ValueError as error:
+        return _give_up(error, _WRONG)
+    _end_on_signals(server)
+    if config.exit_when_stdin_closes:
+        threading.Thread(target=_end_with_stdin, args=(server,), name="stdin", daemon=True).start()
+    try:
+        server.load()
+    except GateError as error:
+        return _give_up(error, _REFUSED)
+    except (ValueError, OSError) as error:
+        return _give_up(error, _WRONG)
+    return _serve(server, config.address_file, address)
+
+
+def _serve(server: Server, address_file: Path | None, address: str) -> int:
+    if address_file is not None:
+        partial = address_file.with_name(f".{address_file.name}.{os.getpid()}")
+        partial.write_text(address + "\n")
+        partial.replace(address_file)
+    server.ended.wait()
+    events.event("draining", address=address, broken=server.broken)
+    if address_file is not None:
+        address_file.unlink(missing_ok=True)
+    server.drain()
+    events.event("stopped", address=address)
+    return _BROKEN if server.broken else 0
+
+
+def _give_up(error: Exception, code: int) -> int:
+    events.event("gave_up", exit_code=code, reason=str(error))
+    print(f"teacher_server: {error}", file=sys.stderr)
+    return code
+
+
+def _end_on_signals(server: Server) -> None:
+    def end(number: int, _frame: FrameType | None) -> None:
+        if server.ended.is_set():
+            os._exit(128 + number)
+        _end(server)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+
+
+def _end_with_stdin(server: Server) -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    _end(server)
+
+
+def _end(server: Server) -> None:
+    """Begin the end. While loading nothing is in progress, and loading cannot be interrupted: leave at once."""
+    if not server.serving:
+        events.event("stopped", while_="loading")
+        os._exit(0)
+    server.ended.set()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
