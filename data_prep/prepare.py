@@ -54,8 +54,8 @@ class CorruptPictures(ValueError):  # noqa: N818  (the sentence is the error)
 
 def prepare(
     name: str,
-    source: Path | None,
-    out: Path,
+    source: str | Path | None,
+    out: str | Path,
     *,
     short_side: int | None = None,
     skip_corrupt: bool = False,
@@ -83,8 +83,9 @@ def prepare(
         CorruptPictures: see `skip_corrupt`.
         ValueError, FileNotFoundError: the source is not what the name says, or `out` is something else.
     """
+    source = None if source is None else Path(source)
+    out = Path(out).absolute()
     _check_arguments(name, source, short_side, workers, pictures_per_shard)
-    out = out.absolute()
     wanted = {"data_set": name, "short_side": short_side, "pictures_per_shard": pictures_per_shard}
     if (out / DATASET_FILE).exists():
         return _already_prepared(out, wanted, source, skip_corrupt)
