@@ -32,7 +32,7 @@ def first_batch_sheet(
     student_mixed: NDArray[np.float32] | None = None,
     teacher_mixed: NDArray[np.float32] | None = None,
     title: str = "The first batch",
-    max_rows: int = 24,
+    max_rows: int = 12,
 ) -> None:
     """Write the sheet as a PNG.
 
@@ -95,9 +95,9 @@ def _card(tiles: Tiles, caption: str) -> Image.Image:
 
 
 def _sheet(cards: list[Image.Image], title: str, note: str) -> Image.Image:
-    """Cards in a grid of about the shape of a page, under a title."""
+    """Cards in a grid of about twice as wide as high, under a title."""
     card_width, card_height = cards[0].width + _MARGIN, cards[0].height + _MARGIN // 2
-    num_columns = max(1, min(len(cards), round(math.sqrt(1.5 * len(cards) * card_height / card_width))))
+    num_columns = max(1, min(len(cards), round(math.sqrt(2 * len(cards) * card_height / card_width))))
     num_lines = math.ceil(len(cards) / num_columns)
     top = _MARGIN + 34
     size = (num_columns * card_width + _MARGIN, top + num_lines * card_height + _MARGIN // 2)
