@@ -148,8 +148,7 @@ def main(
             pictures_per_shard=pictures_per_shard,
         )
     except CorruptPictures as error:
-        if there:
-            _print_corrupt(error.corrupt)
+        _print_corrupt(error.corrupt)
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, BrokenProcessPool) as error:
@@ -160,8 +159,7 @@ def main(
         return 130
     if there:
         print(f"{out} is already prepared; nothing to do")
-    if index.prepared["corrupt"]:
-        _print_corrupt(index.prepared["corrupt"])
+    _print_corrupt(index.prepared["corrupt"])
     print(summary(index))
     return 0
 
@@ -277,15 +275,16 @@ def _listed_classes(source: Path) -> tuple[str, ...]:
 
 
 def _run(jobs: Sequence[WriteJob | IndexJob], workers: int | None, total: int | None, progress: bool) -> list[Report]:
-    """Do the jobs in processes; reports in the order of the jobs. Bad pictures are named as they are met."""
+    """Do the jobs in processes; reports in the order of the jobs."""
     # disable=None: no bar into a log file
     with tqdm(total=total, unit="picture", smoothing=0.05, disable=None if progress else True) as bar:
-        reports = []
+        reports, num_corrupt = [], 0
         for report in pool.run(work, jobs, workers):
             reports.append(report)
             bar.update(report.num_seen)
-            for picture, reason in report.corrupt:
-                bar.write(f"does not decode: {picture}: {reason}", file=sys.stderr)
+            num_corrupt += len(report.corrupt)
+            if num_corrupt:
+                bar.set_postfix_str(f"{num_corrupt} do not decode")
     return reports
 
 
