@@ -12,13 +12,15 @@ import sys
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import tyro
 
 from teacher_server import events
 from teacher_server.config import Config
-from teacher_server.gate import GateError
-from teacher_server.server import Server, create_server
+
+if TYPE_CHECKING:
+    from teacher_server.server import Server
 
 _WRONG, _REFUSED, _BROKEN = 2, 3, 4
 
@@ -28,19 +30,32 @@ def main() -> int:
     events.set_up()
     try:
         config = tyro.cli(Config, description=__doc__)
+        # torch and DALI take seconds to import: --help and a wrong flag are answered before.
+        from teacher_server.server import create_server
+
         server, address = create_server(config)
     except ValueError as error:
         return _give_up(error, _WRONG)
     _end_on_signals(server)
     if config.exit_when_stdin_closes:
         threading.Thread(target=_end_with_stdin, args=(server,), name="stdin", daemon=True).start()
+    if code := _load(server):
+        server.drain()
+        return code
+    return _serve(server, config.address_file, address)
+
+
+def _load(server: Server) -> int:
+    """0, or the exit code of what went wrong."""
+    from teacher_server.gate import GateError
+
     try:
         server.load()
     except GateError as error:
         return _give_up(error, _REFUSED)
     except (ValueError, OSError) as error:
         return _give_up(error, _WRONG)
-    return _serve(server, config.address_file, address)
+    return 0
 
 
 def _serve(server: Server, address_file: Path | None, address: str) -> int:

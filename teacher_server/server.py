@@ -47,7 +47,7 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 
 _SPARE_THREADS = 8  # for health, Describe, reflection and refusals, whatever Predict does
 _NUM_RENDERERS = 2  # one renders while the other's pictures are read
-_LAST_BATCH_S = 10.0  # for the batch on the device when the time for draining is over
+_LAST_REPLIES_S = 2.0  # to get the last replies out; the streams of health watchers never end by themselves
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -113,12 +113,16 @@ class Server:
         return desk.description
 
     def drain(self) -> None:
-        """Say NOT_SERVING, take nothing new, let requests in progress finish for drain_s at most, and stop."""
+        """Say NOT_SERVING, answer nothing new, let requests in progress finish for drain_s at most, and stop.
+
+        Until they have finished the port stays open and says UNAVAILABLE: gRPC's own stop would cancel calls
+        that come just then, which looks like the caller's doing.
+        """
         self._health.enter_graceful_shutdown()
         self._service.close()
-        self._server.stop(self._config.drain_s).wait()
         if self._batcher is not None:
-            self._batcher.close(_LAST_BATCH_S)
+            self._batcher.close(self._config.drain_s)
+        self._server.stop(_LAST_REPLIES_S).wait()
         self._threads.shutdown(wait=False)
 
     @property

@@ -252,10 +252,18 @@ def test_devices_and_precisions_resolve_or_are_refused():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"size": 8}, {"batch_rows": 0}, {"max_rows": 0}, {"max_rows": 5000},
-        {"batch_rows": 4096, "max_pending_rows": 2000}, {"threads": -1}, {"gate_images": 0}, {"gate_max_kl": 0.0}, {"gate_min_agreement": 1.5}, {"drain_s": -1.0},
+        {"size": 8},
+        {"batch_rows": 0},
+        {"max_rows": 0},
+        {"max_rows": 5000},
+        {"batch_rows": 4096, "max_pending_rows": 2000},
+        {"threads": -1},
+        {"gate_images": 0},
+        {"gate_max_kl": 0.0},
+        {"gate_min_agreement": 1.5},
+        {"drain_s": -1.0},
     ],
-)  # fmt: skip
+)
 def test_settings_out_of_range_are_refused_by_their_flag(wrong):
     with pytest.raises(ValueError, match="--"):
         Config(model="x", **wrong)
