@@ -1,4 +1,5 @@
 import copy
+import functools
 import math
 from typing import Any
 
@@ -44,6 +45,7 @@ def reference_chain(mu_dtype: str, names: list[str]) -> Any:
     )
 
 
+@functools.cache
 def train_both(mu_dtype: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[float]]:
     """50 steps with the same gradients (torch's) in torch and in optax; final weights and clipped norms."""
     net = small_net()
