@@ -50,14 +50,14 @@ class ViewAudit:
         on_gpu = device_id is not None or fleet.description.rendering.decoder == "gpu"
         self._bound = MAX_PIXEL_DIFFERENCE["cuda" if on_gpu else "cpu"]
 
-    def mismatch(self, batch: Batch) -> int | None:
-        """Largest difference in grey levels over the audited views; None if the batch was not audited.
+    def mismatch(self, batch: Batch) -> int:
+        """Largest difference in grey levels over the audited views of a batch whose answer has arrived.
 
-        Call it after the batch's answer has arrived. Warns when the difference is beyond the stated bound.
+        Warns when the difference is beyond the stated bound.
         """
-        audit = batch.answer.audit() if batch.answer else None
-        if audit is None:
-            return None
+        assert batch.answer is not None
+        audit = batch.answer.audit()
+        assert audit is not None, "only an audited batch has digests to compare"
         own = self._own_pixels(batch, len(audit.digests))
         digests = np.stack([np.frombuffer(view_digest(view), np.uint8) for view in own])
         if np.array_equal(digests, audit.digests):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import signal
 import time
 from typing import Any
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import models
 from data_prep.index import Index
-from student_trainer import checkpoint
+from student_trainer import checkpoint, report
 from student_trainer.audit import ViewAudit, teacher_rendering
 from student_trainer.config import FREE_ON_RESUME, Config, settings
 from student_trainer.contact_sheet import first_batch_sheet
@@ -33,7 +34,6 @@ from student_trainer.local_teacher import teacher_beside
 from student_trainer.loss import agreement, distillation_loss, entropy, mixup_cross_entropy
 from student_trainer.metrics import Metrics, read
 from student_trainer.optimizer import clip_gradients, make_optimizer, set_schedule
-from student_trainer.report import draw_report
 from student_trainer.schedule import Schedule, num_steps
 from student_trainer.teacher_client import Fleet
 from student_trainer.world import World
@@ -99,8 +99,8 @@ def train(config: Config, world: World) -> dict[str, Any]:
                     f"the teacher has {fleet.description.num_classes} classes, {config.data.root} "
                     f"{len(index.classes)}: is it a teacher for this data set?"
                 )
-        elif not index.classes:
-            raise ValueError(f"{config.data.root} has no labels; --targets labels needs them")
+        elif not index.classes or (index.label[plan.samples.start : plan.samples.stop] < 0).any():
+            raise ValueError(f"{config.data.root} has pictures without labels; --targets labels needs them all")
 
         # ---- who learns ------------------------------------------------------------------------------------
         torch.manual_seed(config.seed)
@@ -124,6 +124,11 @@ def train(config: Config, world: World) -> dict[str, Any]:
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
             first_step = saved["step"]
+        if first_step == total_steps and (config.run_dir / "summary.json").exists():
+            world.say(
+                f"this run is finished; its numbers again. To train anew, choose another --run-dir than {config.run_dir}"
+            )
+            return json.loads((config.run_dir / "summary.json").read_text())
         network = DistributedDataParallel(student) if world.connected else student
 
         # ---- say what will be done -------------------------------------------------------------------------
@@ -131,8 +136,8 @@ def train(config: Config, world: World) -> dict[str, Any]:
         metrics = None
         if world.is_main:
             (config.run_dir / "config.json").write_text(json.dumps(settings(config), indent=1) + "\n")
-            resumed_step = None if saved is None else first_step
-            metrics = cleanup.enter_context(Metrics(config.run_dir, resumed_step))
+            # Without a checkpoint this is 0: what a run wrote before its first one is written again.
+            metrics = cleanup.enter_context(Metrics(config.run_dir, first_step))
         renderer = Renderer(rendering, share + 1, device_id, config.decode_threads)
         num_audits = _audit_plan(config)
         source = Source(index, renderer, fleet, teacher_renderers[0] if teacher_renderers else None, num_audits)
@@ -200,11 +205,15 @@ def train(config: Config, world: World) -> dict[str, Any]:
             numbers["stop"] = torch.tensor(float(stop_signal.received), device=world.device)
             values = world.all_mean(torch.stack([value.detach().float() for value in numbers.values()])).tolist()
             line = dict(zip(numbers, values, strict=True))
-            if not np.isfinite(line["loss"]):
-                raise NonFiniteLossError(
-                    f"the loss is {line['loss']} at step {step}, on all ranks, before the update. The last checkpoint "
-                    f"is from before it. A lower --optim.lr or a longer --optim.warmup_steps often helps."
-                )
+            line["grad_norm"] = float(grad_norm)
+            # A scaler skips infinite gradients by itself and lowers its scale; the loss must be finite always.
+            watched = ("loss",) if scaler.is_enabled() else ("loss", "grad_norm")
+            for name in watched:
+                if not math.isfinite(line[name]):
+                    raise NonFiniteLossError(
+                        f"the {name} is {line[name]} at step {step}, on all ranks, before the update. The last "
+                        "checkpoint is from before it. A lower --optim.lr or more --optim.warmup_steps often help."
+                    )
             scaler.step(optimizer)
             scaler.update()
 
@@ -213,13 +222,12 @@ def train(config: Config, world: World) -> dict[str, Any]:
             now = time.monotonic()
             must_stop = line.pop("stop") > 0
             line |= {
-                "lr": lr, "grad_norm": float(grad_norm), "images_per_s": config.optim.batch_size / (now - last_time),
+                "lr": lr, "images_per_s": config.optim.batch_size / (now - last_time),
                 "data_wait_s": fetched_time - last_time, "teacher_wait_s": teacher_wait_s,
             }  # fmt: skip
             if audit is not None and num_audits(step):
-                mismatch = audit.mismatch(batch)
-                worst = world.all_max(torch.tensor(-1.0 if mismatch is None else mismatch, device=world.device))
-                line["view_mismatch"] = worst.item()
+                mismatch = torch.tensor(audit.mismatch(batch), device=world.device)
+                line["view_mismatch"] = world.all_max(mismatch).item()
             last_time = now
             progress.set_postfix(_postfix(line), refresh=False)
             progress.update()
@@ -252,7 +260,7 @@ def _finish(
         models.save(config.run_dir / "model.safetensors", student, card)
         summary = summarise(config, total_steps)
         (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        draw_report(config.run_dir)
+        report.draw(config.run_dir)
     return world.broadcast_object(summary)
 
 

@@ -1,0 +1,257 @@
+"""The fleet, against real gRPC servers whose logits are a known function of the rows they are asked about."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent import futures
+from contextlib import contextmanager
+
+import grpc
+import numpy as np
+import pytest
+
+from protos import teacher_pb2 as pb
+from protos import teacher_pb2_grpc as pb_grpc
+from protos.arrays import to_message
+from student_trainer.teacher_client import Fleet, TeacherRefusedError, TeachersGoneError
+from views.draw import Plan, ViewLaw
+from views.view import Rows
+from views.wire import read_question
+
+DIGEST = "d" * 64
+NUM_CLASSES = 3
+
+
+def expected_logits(rows: Rows) -> np.ndarray:
+    """What the scripted teacher answers: numbers that change with every part of a row."""
+
+    def view(v):
+        y, x, h, w = rows.box[v].T.astype(np.float64)
+        return rows.sample[v] + y / 7 + x / 11 + h / 13 + w / 17 + rows.flip[v]
+
+    own, partner = view(np.arange(len(rows))), view(rows.partner)
+    mixed = rows.lam * own + (1 - rows.lam) * partner
+    return np.stack([mixed, -mixed, mixed**2 / 1000], axis=1).astype(np.float32)
+
+
+class ScriptedTeacher(pb_grpc.TeacherServicer):
+    """Answers by formula; fails the way a test asks it to."""
+
+    def __init__(self, fingerprint: str = "f1", delay_s: float = 0.0, data_digest: str = DIGEST, max_rows: int = 1024):
+        self.fingerprint = fingerprint
+        self.delay_s = delay_s
+        self.data_digest = data_digest
+        self.max_rows = max_rows
+        self.fail_next: list[grpc.StatusCode] = []
+        self.spoil = None  # called with each reply
+        self.answered_rows = 0
+        self.lock = threading.Lock()
+
+    def Describe(self, request, context):
+        return pb.Description(
+            fingerprint=self.fingerprint, model="scripted", num_classes=NUM_CLASSES, precision="float32",
+            rendering=pb.Rendering(size=8, interpolation="linear", version="v"), max_rows=self.max_rows,
+            data_sets=[pb.DataSet(name="tiny", digest=self.data_digest)], renders=True,
+        )  # fmt: skip
+
+    def Predict(self, request, context):
+        with self.lock:
+            code = self.fail_next.pop() if self.fail_next else None
+        if code is not None:
+            context.abort(code, "told to fail")
+        if request.fingerprint != self.fingerprint:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"I am {self.fingerprint}")
+        time.sleep(self.delay_s)
+        question = read_question(request, 8)
+        rows = Rows(
+            sample=question.sample[question.image], box=question.box, flip=question.flip, partner=question.partner,
+            lam=question.lam,
+        )  # fmt: skip
+        reply = pb.PredictReply(
+            request_id=request.request_id, fingerprint=self.fingerprint, logits=to_message(expected_logits(rows))
+        )
+        if len(question.audit):
+            reply.audit_digest.CopyFrom(to_message(np.full((len(question.audit), 16), 7, np.uint8)))
+        with self.lock:
+            self.answered_rows += len(rows)
+        if self.spoil:
+            self.spoil(reply)
+        return reply
+
+
+@contextmanager
+def serving(teacher: ScriptedTeacher, address: str = "127.0.0.1:0"):
+    server = grpc.server(futures.ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+    pb_grpc.add_TeacherServicer_to_server(teacher, server)
+    port = server.add_insecure_port(address)
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+def batch(step: int = 0, num_rows: int = 50) -> Rows:
+    sizes = np.full(500, 90, np.int32)
+    plan = Plan(seed=1, batch_size=2 * num_rows, law=ViewLaw(), samples=range(500), height=sizes, width=sizes)
+    return plan.rows(step, 0, num_rows)
+
+
+def fleet(*addresses: str, **settings) -> Fleet:
+    settings = {"data_digest": DIGEST, "rows_per_request": 16, "patience_s": 20, "deadline_s": 10} | settings
+    return Fleet(addresses, **settings)
+
+
+def test_a_batch_comes_back_whole_and_in_order_however_it_was_cut():
+    with serving(ScriptedTeacher()) as address:
+        for rows_per_request in (1, 7, 16, 50, 1000):
+            with fleet(address, rows_per_request=rows_per_request) as teachers:
+                rows = batch()
+                assert np.array_equal(teachers.ask(rows).result(), expected_logits(rows))
+
+
+def test_many_batches_under_way_are_not_confused():
+    with serving(ScriptedTeacher(delay_s=0.01)) as one, serving(ScriptedTeacher()) as two, fleet(one, two) as teachers:
+        batches = [batch(step) for step in range(12)]
+        answers = [teachers.ask(rows) for rows in batches]
+        for rows, answer in reversed(list(zip(batches, answers, strict=True))):
+            assert np.array_equal(answer.result(), expected_logits(rows))
+
+
+def test_the_faster_teacher_answers_more_rows():
+    slow, fast = ScriptedTeacher(delay_s=0.2), ScriptedTeacher(delay_s=0.02)
+    with serving(slow) as one, serving(fast) as two, fleet(one, two) as teachers:
+        for answer in [teachers.ask(batch(step)) for step in range(12)]:
+            answer.result()
+    assert fast.answered_rows > 3 * slow.answered_rows
+    assert fast.answered_rows + slow.answered_rows == 12 * 50, "every row once"
+
+
+@pytest.mark.parametrize(
+    "code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL]
+)
+def test_a_failed_part_is_asked_again(code):
+    teacher = ScriptedTeacher()
+    teacher.fail_next = [code] * 3
+    with serving(teacher) as address, fleet(address) as teachers:
+        rows = batch()
+        assert np.array_equal(teachers.ask(rows).result(), expected_logits(rows))
+        assert teachers.retries == 3
+
+
+def test_a_teacher_that_dies_and_comes_back_costs_no_row():
+    first = ScriptedTeacher(delay_s=0.05)
+    with serving(first) as address:
+        teachers = fleet(address)
+        batches = [batch(step) for step in range(10)]
+        answers = [teachers.ask(rows) for rows in batches]
+        answers[0].result()
+    time.sleep(0.5)  # nobody is there
+    with serving(ScriptedTeacher(), address), teachers:
+        for rows, answer in zip(batches, answers, strict=True):
+            assert np.array_equal(answer.result(), expected_logits(rows))
+
+
+def test_a_hung_teacher_loses_its_parts_to_another_after_the_deadline():
+    hung = ScriptedTeacher(delay_s=3.0)
+    with serving(hung) as one, serving(ScriptedTeacher()) as two, fleet(one, two, deadline_s=0.3) as teachers:
+        rows = batch()
+        assert np.array_equal(teachers.ask(rows).result(), expected_logits(rows))
+
+
+def test_a_teacher_that_is_another_one_is_refused_with_both_fingerprints(caplog):
+    with serving(ScriptedTeacher("mine")) as one, fleet(one) as alone:
+        assert alone.description.fingerprint == "mine"
+        with serving(ScriptedTeacher("other")) as two:
+            teachers = fleet(one, two) if alone else None
+            with teachers:
+                while len(caplog.records) == 0:
+                    time.sleep(0.02)
+                first = teachers.description.fingerprint
+                rows = batch()
+                assert np.array_equal(teachers.ask(rows).result(), expected_logits(rows))
+    sentence = caplog.records[0].getMessage()
+    assert "refused" in sentence and "mine" in sentence and "other" in sentence
+    assert first in ("mine", "other")
+
+
+def test_a_teacher_restarted_with_other_weights_is_not_believed():
+    with serving(ScriptedTeacher("mine")) as address:
+        teachers = fleet(address, patience_s=1.5)
+        teachers.ask(batch()).result()
+    with teachers, serving(ScriptedTeacher("changed"), address):
+        with pytest.raises(TeachersGoneError, match=r"its fingerprint is changed.*this run's teacher is mine"):
+            teachers.ask(batch()).result()
+
+
+def test_nobody_there_ends_after_the_patience_with_what_each_said():
+    with pytest.raises(TeachersGoneError, match=r"(?s)no teacher has answered for.*127.0.0.1:1: UNAVAILABLE"):
+        fleet("127.0.0.1:1", patience_s=0.6)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE])
+def test_a_request_that_is_wrong_is_not_asked_again(code):
+    teacher = ScriptedTeacher()
+    teacher.fail_next = [code]
+    with serving(teacher) as address, fleet(address) as teachers:
+        with pytest.raises(TeacherRefusedError, match=f"{code.name}: told to fail"):
+            teachers.ask(batch()).result()
+
+
+def test_a_part_that_breaks_every_teacher_is_given_up_by_name():
+    teacher = ScriptedTeacher()
+    teacher.fail_next = [grpc.StatusCode.INTERNAL] * 100
+    with serving(teacher) as address, fleet(address) as teachers:
+        with pytest.raises(TeacherRefusedError, match="INTERNAL"):
+            teachers.ask(batch(num_rows=4)).result()
+
+
+SPOILS = {
+    "another request's id": lambda reply: setattr(reply, "request_id", "x"),
+    "another fingerprint": lambda reply: setattr(reply, "fingerprint", "x"),
+    "a row too few": lambda reply: reply.logits.CopyFrom(to_message(np.zeros((1, NUM_CLASSES), np.float32))),
+    "a class too many": lambda reply: reply.logits.CopyFrom(to_message(np.zeros((16, 4), np.float32))),
+}
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_a_wrong_answer_is_never_taken(name):
+    liar = ScriptedTeacher()
+    liar.spoil = SPOILS[name]
+    with serving(liar) as one, fleet(one, patience_s=1.0) as teachers:
+        with pytest.raises(TeachersGoneError, match="a wrong answer"):
+            teachers.ask(batch(num_rows=16)).result()
+
+
+def test_audits_come_with_the_first_part():
+    with serving(ScriptedTeacher()) as address, fleet(address) as teachers:
+        answer = teachers.ask(batch(), num_audits=3)
+        answer.result()
+        assert answer.audit().digests.shape == (3, 16)
+        without = teachers.ask(batch())
+        without.result()
+        assert without.audit() is None
+
+
+def test_pictures_travel_by_reference_only_where_the_teacher_sees_the_same_data():
+    with serving(ScriptedTeacher()) as address, fleet(address) as teachers:
+        assert teachers.transport == "reference"
+    with serving(ScriptedTeacher(data_digest="e" * 64)) as address:
+        with fleet(address) as teachers:
+            assert teachers.transport == "encoded"
+        with pytest.raises(TeacherRefusedError, match="does not see this data set"):
+            fleet(address, transport="reference")
+
+
+def test_requests_are_no_larger_than_the_teacher_takes():
+    with serving(ScriptedTeacher(max_rows=5)) as address, fleet(address, rows_per_request=16) as teachers:
+        rows = batch()
+        assert np.array_equal(teachers.ask(rows).result(), expected_logits(rows))
+
+
+def test_a_dead_teacher_among_the_addresses_only_costs_a_warning(caplog):
+    with serving(ScriptedTeacher()) as address, fleet("127.0.0.1:1", address) as teachers:
+        rows = batch()
+        assert np.array_equal(teachers.ask(rows).result(), expected_logits(rows))
+    assert any("127.0.0.1:1" in record.getMessage() for record in caplog.records)
