@@ -3,6 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# The demo's data set and, for all but digits, the folder with its official archives.
+DATA ?= digits
+SOURCE ?=
+DEMO := runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
+
 .PHONY: help
 help: ## show the verbs
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -11,10 +16,33 @@ help: ## show the verbs
 install: .venv/installed ## make .venv with exactly the versions of requirements.lock
 
 .venv/installed: requirements.lock pyproject.toml
+	@echo "installing into .venv (about 6 GB, a few minutes)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
+
+.PHONY: check
+check: .venv/installed ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy .
+	$(BIN)/mypy --strict views protos models data_prep teacher_server student_trainer/teacher_client.py
+
+.PHONY: test
+test: .venv/installed ## all tests, on the CPU, without network
+	$(BIN)/pytest -n 2 --dist worksteal
+
+.PHONY: demo
+demo: .venv/installed ## the main job on a small data set: prepare, train a teacher, serve it, distil it
+	@echo "== 1 of 3: prepare $(DATA)"
+	$(BIN)/python -m data_prep.prepare $(DATA) --out runs/data/$(DATA) $(if $(SOURCE),--source $(SOURCE))
+	@echo "== 2 of 3: train a teacher from labels"
+	$(BIN)/python student_trainer/main.py --recipe $(DATA)/demo_teacher --data runs/data/$(DATA) --run-dir $(DEMO)/teacher
+	@echo "== 3 of 3: serve it, and distil it on two ranks"
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 student_trainer/main.py --recipe $(DATA)/demo \
+		--data runs/data/$(DATA) --teacher.model $(DEMO)/teacher/model.safetensors --run-dir $(DEMO)
+	@echo "what happened: $(DEMO)/report.png; the numbers: $(DEMO)/summary.json"
 
 .PHONY: lock
 lock: .venv/installed ## resolve requirements.lock anew from pyproject.toml

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from student_trainer.config import Config
+from student_trainer.world import World
 
 _ROOT = Path(__file__).resolve().parents[1]
 _LOAD_TIMEOUT_S = 900.0  # a large model downloads, folds, compiles and warms up
 
 
 @contextlib.contextmanager
-def teacher_beside(config: Config, device: str) -> Iterator[str]:
+def teacher_beside(config: Config, world: World) -> Iterator[str]:
     """Start `teacher_server` for config.teacher.model, and yield its address once it serves.
 
     The server holds our end of a pipe as its standard input: however this process ends, it ends too. Its log is
@@ -31,7 +32,7 @@ def teacher_beside(config: Config, device: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="funmatch-") as folder, log_file.open("ab") as log:
         address_file = Path(folder) / "address"
         server = subprocess.Popen(
-            [*_command(config, device), f"--address-file={address_file}"],
+            [*_command(config, world), f"--address-file={address_file}"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -51,14 +52,19 @@ def teacher_beside(config: Config, device: str) -> Iterator[str]:
                 server.wait()
 
 
-def _command(config: Config, device: str) -> list[str]:
+def _command(config: Config, world: World) -> list[str]:
+    device = world.device.type
     command = [
         sys.executable, "-m", "teacher_server.main", "--exit-when-stdin-closes", "--address=127.0.0.1:0",
         f"--model={config.teacher.model}", f"--data={config.data.root}", f"--device={device}",
         f"--interpolation={config.student.interpolation}",
         "--antialias" if config.student.antialias else "--no-antialias",
     ]  # fmt: skip
-    return command + ([f"--size={config.teacher.size}"] if config.teacher.size else [])
+    if config.teacher.size:
+        command += [f"--size={config.teacher.size}"]
+    if device == "cpu":  # the ranks have a core each; what is left is the teacher's
+        command += [f"--threads={max(1, len(os.sched_getaffinity(0)) - world.size)}"]
+    return command
 
 
 def _without_torchrun(environment: os._Environ[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The door: `torchrun student_trainer/main.py --recipe NAME [--setting value ...]`, or plain python for one process.
 
-torchrun --nproc_per_node=2 student_trainer/main.py --recipe digits/funmatch --teacher 127.0.0.1:50051
-python student_trainer/main.py --recipe digits/funmatch --help
+torchrun --nproc_per_node=2 student_trainer/main.py --recipe digits/demo --teacher 127.0.0.1:50051
+python student_trainer/main.py --recipe digits/demo --help
 """
 
 import sys

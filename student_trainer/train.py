@@ -124,11 +124,10 @@ def train(config: Config, world: World) -> dict[str, Any]:
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
             first_step = saved["step"]
-        if first_step == total_steps and (config.run_dir / "summary.json").exists():
-            world.say(
-                f"this run is finished; its numbers again. To train anew, choose another --run-dir than {config.run_dir}"
-            )
-            return json.loads((config.run_dir / "summary.json").read_text())
+        finished = config.run_dir / "summary.json"
+        if first_step == total_steps and finished.exists():
+            world.say(f"{config.run_dir} is finished: its numbers again. To train anew, choose another --run-dir")
+            return dict(json.loads(finished.read_text()))
         network = DistributedDataParallel(student) if world.connected else student
 
         # ---- say what will be done -------------------------------------------------------------------------
@@ -292,7 +291,7 @@ def _meet_teachers(config: Config, world: World, index: Index, cleanup: contextl
         address = ""
         if world.is_main:
             world.say(f"starting a teacher beside this run: {config.teacher.model}")
-            address = cleanup.enter_context(teacher_beside(config, world.device.type))
+            address = cleanup.enter_context(teacher_beside(config, world))
         addresses = (world.broadcast_object(address),)
     return Fleet(
         addresses,

@@ -60,7 +60,7 @@ def teachers(tiny_model, tiny_data, tmp_path_factory):
 def command(data: Path, run_dir: Path, *addresses: str, ranks: int = 2) -> list[str]:
     return [
         TORCHRUN, f"--nproc_per_node={ranks}", "--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0",
-        str(ROOT / "student_trainer" / "main.py"), "--recipe=digits/funmatch", f"--data={data}",
+        str(ROOT / "student_trainer" / "main.py"), "--recipe=digits/demo", f"--data={data}",
         f"--run-dir={run_dir}", "--data.evaluate=val", "--student.architecture=test_byobnet", "--student.size=32",
         "--optim.batch-size=32", f"--optim.epochs={STEPS * 32 / 18}", "--optim.warmup-steps=5", "--device=cpu",
         "--teacher.rows-per-request=8", "--teacher.audit-every=5", f"--checkpoint-every={CHECKPOINT_EVERY}",
