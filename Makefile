@@ -27,7 +27,6 @@ check: .venv/installed ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
-	$(BIN)/mypy --strict views protos models data_prep teacher_server student_trainer/teacher_client.py
 
 .PHONY: test
 test: .venv/installed ## all tests, on the CPU, without network
