@@ -4,50 +4,55 @@
 # source: protos/teacher.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
-_runtime_version.ValidateProtobufRuntimeVersion(_runtime_version.Domain.PUBLIC, 7, 35, 1, "", "protos/teacher.proto")
+_runtime_version.ValidateProtobufRuntimeVersion(
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'protos/teacher.proto'
+)
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x14protos/teacher.proto\x12\x0b\x66unmatch.v1"\xa8\x01\n\x05\x41rray\x12\'\n\x05\x64type\x18\x01 \x01(\x0e\x32\x18.funmatch.v1.Array.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c"Y\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\t\n\x05UINT8\x10\x01\x12\t\n\x05INT32\x10\x02\x12\t\n\x05INT64\x10\x03\x12\x0b\n\x07\x46LOAT16\x10\x04\x12\x0b\n\x07\x46LOAT32\x10\x05"\x11\n\x0f\x44\x65scribeRequest"e\n\tRendering\x12\x0c\n\x04size\x18\x01 \x01(\r\x12\x15\n\rinterpolation\x18\x02 \x01(\t\x12\x11\n\tantialias\x18\x03 \x01(\x08\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0f\n\x07\x64\x65\x63oder\x18\x05 \x01(\t"<\n\x07\x44\x61taSet\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x04"\x81\x02\n\x0b\x44\x65scription\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0bnum_classes\x18\x03 \x01(\r\x12\x11\n\tprecision\x18\x04 \x01(\t\x12)\n\trendering\x18\x05 \x01(\x0b\x32\x16.funmatch.v1.Rendering\x12\x10\n\x08max_rows\x18\x06 \x01(\r\x12\'\n\tdata_sets\x18\x07 \x03(\x0b\x32\x14.funmatch.v1.DataSet\x12\x16\n\x0eweights_digest\x18\x08 \x01(\t\x12\x0f\n\x07renders\x18\t \x01(\x08\x12\x17\n\x0f\x62\x61tch_invariant\x18\n \x01(\x08"@\n\nReferences\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12"\n\x06sample\x18\x02 \x01(\x0b\x32\x12.funmatch.v1.Array"B\n\rEncodedImages\x12\r\n\x05image\x18\x01 \x03(\x0c\x12"\n\x06sample\x18\x02 \x01(\x0b\x32\x12.funmatch.v1.Array"m\n\x05Views\x12!\n\x05image\x18\x01 \x01(\x0b\x32\x12.funmatch.v1.Array\x12\x1f\n\x03\x62ox\x18\x02 \x01(\x0b\x32\x12.funmatch.v1.Array\x12 \n\x04\x66lip\x18\x03 \x01(\x0b\x32\x12.funmatch.v1.Array"\xeb\x02\n\x0ePredictRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12-\n\nreferences\x18\x03 \x01(\x0b\x32\x17.funmatch.v1.ReferencesH\x00\x12-\n\x07\x65ncoded\x18\x04 \x01(\x0b\x32\x1a.funmatch.v1.EncodedImagesH\x00\x12$\n\x06pixels\x18\x05 \x01(\x0b\x32\x12.funmatch.v1.ArrayH\x00\x12!\n\x05views\x18\x06 \x01(\x0b\x32\x12.funmatch.v1.Views\x12#\n\x07partner\x18\x07 \x01(\x0b\x32\x12.funmatch.v1.Array\x12\x1f\n\x03lam\x18\x08 \x01(\x0b\x32\x12.funmatch.v1.Array\x12!\n\x05\x61udit\x18\t \x01(\x0b\x32\x12.funmatch.v1.Array\x12\x14\n\x0c\x61udit_pixels\x18\n \x01(\x08\x42\n\n\x08pictures"\xaf\x01\n\x0cPredictReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12"\n\x06logits\x18\x03 \x01(\x0b\x32\x12.funmatch.v1.Array\x12(\n\x0c\x61udit_digest\x18\x04 \x01(\x0b\x32\x12.funmatch.v1.Array\x12(\n\x0c\x61udit_pixels\x18\x05 \x01(\x0b\x32\x12.funmatch.v1.Array2\x90\x01\n\x07Teacher\x12\x42\n\x08\x44\x65scribe\x12\x1c.funmatch.v1.DescribeRequest\x1a\x18.funmatch.v1.Description\x12\x41\n\x07Predict\x12\x1b.funmatch.v1.PredictRequest\x1a\x19.funmatch.v1.PredictReplyb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/teacher.proto\x12\x0b\x66unmatch.v1\"\xa8\x01\n\x05\x41rray\x12\'\n\x05\x64type\x18\x01 \x01(\x0e\x32\x18.funmatch.v1.Array.DType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"Y\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\t\n\x05UINT8\x10\x01\x12\t\n\x05INT32\x10\x02\x12\t\n\x05INT64\x10\x03\x12\x0b\n\x07\x46LOAT16\x10\x04\x12\x0b\n\x07\x46LOAT32\x10\x05\"\x11\n\x0f\x44\x65scribeRequest\"e\n\tRendering\x12\x0c\n\x04size\x18\x01 \x01(\r\x12\x15\n\rinterpolation\x18\x02 \x01(\t\x12\x11\n\tantialias\x18\x03 \x01(\x08\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0f\n\x07\x64\x65\x63oder\x18\x05 \x01(\t\"<\n\x07\x44\x61taSet\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x04\"\x81\x02\n\x0b\x44\x65scription\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0bnum_classes\x18\x03 \x01(\r\x12\x11\n\tprecision\x18\x04 \x01(\t\x12)\n\trendering\x18\x05 \x01(\x0b\x32\x16.funmatch.v1.Rendering\x12\x10\n\x08max_rows\x18\x06 \x01(\r\x12\'\n\tdata_sets\x18\x07 \x03(\x0b\x32\x14.funmatch.v1.DataSet\x12\x16\n\x0eweights_digest\x18\x08 \x01(\t\x12\x0f\n\x07renders\x18\t \x01(\x08\x12\x17\n\x0f\x62\x61tch_invariant\x18\n \x01(\x08\"@\n\nReferences\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\"\n\x06sample\x18\x02 \x01(\x0b\x32\x12.funmatch.v1.Array\"B\n\rEncodedImages\x12\r\n\x05image\x18\x01 \x03(\x0c\x12\"\n\x06sample\x18\x02 \x01(\x0b\x32\x12.funmatch.v1.Array\"m\n\x05Views\x12!\n\x05image\x18\x01 \x01(\x0b\x32\x12.funmatch.v1.Array\x12\x1f\n\x03\x62ox\x18\x02 \x01(\x0b\x32\x12.funmatch.v1.Array\x12 \n\x04\x66lip\x18\x03 \x01(\x0b\x32\x12.funmatch.v1.Array\"\xeb\x02\n\x0ePredictRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12-\n\nreferences\x18\x03 \x01(\x0b\x32\x17.funmatch.v1.ReferencesH\x00\x12-\n\x07\x65ncoded\x18\x04 \x01(\x0b\x32\x1a.funmatch.v1.EncodedImagesH\x00\x12$\n\x06pixels\x18\x05 \x01(\x0b\x32\x12.funmatch.v1.ArrayH\x00\x12!\n\x05views\x18\x06 \x01(\x0b\x32\x12.funmatch.v1.Views\x12#\n\x07partner\x18\x07 \x01(\x0b\x32\x12.funmatch.v1.Array\x12\x1f\n\x03lam\x18\x08 \x01(\x0b\x32\x12.funmatch.v1.Array\x12!\n\x05\x61udit\x18\t \x01(\x0b\x32\x12.funmatch.v1.Array\x12\x14\n\x0c\x61udit_pixels\x18\n \x01(\x08\x42\n\n\x08pictures\"\xaf\x01\n\x0cPredictReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\"\n\x06logits\x18\x03 \x01(\x0b\x32\x12.funmatch.v1.Array\x12(\n\x0c\x61udit_digest\x18\x04 \x01(\x0b\x32\x12.funmatch.v1.Array\x12(\n\x0c\x61udit_pixels\x18\x05 \x01(\x0b\x32\x12.funmatch.v1.Array2\x90\x01\n\x07Teacher\x12\x42\n\x08\x44\x65scribe\x12\x1c.funmatch.v1.DescribeRequest\x1a\x18.funmatch.v1.Description\x12\x41\n\x07Predict\x12\x1b.funmatch.v1.PredictRequest\x1a\x19.funmatch.v1.PredictReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "protos.teacher_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.teacher_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_ARRAY"]._serialized_start = 38
-    _globals["_ARRAY"]._serialized_end = 206
-    _globals["_ARRAY_DTYPE"]._serialized_start = 117
-    _globals["_ARRAY_DTYPE"]._serialized_end = 206
-    _globals["_DESCRIBEREQUEST"]._serialized_start = 208
-    _globals["_DESCRIBEREQUEST"]._serialized_end = 225
-    _globals["_RENDERING"]._serialized_start = 227
-    _globals["_RENDERING"]._serialized_end = 328
-    _globals["_DATASET"]._serialized_start = 330
-    _globals["_DATASET"]._serialized_end = 390
-    _globals["_DESCRIPTION"]._serialized_start = 393
-    _globals["_DESCRIPTION"]._serialized_end = 650
-    _globals["_REFERENCES"]._serialized_start = 652
-    _globals["_REFERENCES"]._serialized_end = 716
-    _globals["_ENCODEDIMAGES"]._serialized_start = 718
-    _globals["_ENCODEDIMAGES"]._serialized_end = 784
-    _globals["_VIEWS"]._serialized_start = 786
-    _globals["_VIEWS"]._serialized_end = 895
-    _globals["_PREDICTREQUEST"]._serialized_start = 898
-    _globals["_PREDICTREQUEST"]._serialized_end = 1261
-    _globals["_PREDICTREPLY"]._serialized_start = 1264
-    _globals["_PREDICTREPLY"]._serialized_end = 1439
-    _globals["_TEACHER"]._serialized_start = 1442
-    _globals["_TEACHER"]._serialized_end = 1586
+  DESCRIPTOR._loaded_options = None
+  _globals['_ARRAY']._serialized_start=38
+  _globals['_ARRAY']._serialized_end=206
+  _globals['_ARRAY_DTYPE']._serialized_start=117
+  _globals['_ARRAY_DTYPE']._serialized_end=206
+  _globals['_DESCRIBEREQUEST']._serialized_start=208
+  _globals['_DESCRIBEREQUEST']._serialized_end=225
+  _globals['_RENDERING']._serialized_start=227
+  _globals['_RENDERING']._serialized_end=328
+  _globals['_DATASET']._serialized_start=330
+  _globals['_DATASET']._serialized_end=390
+  _globals['_DESCRIPTION']._serialized_start=393
+  _globals['_DESCRIPTION']._serialized_end=650
+  _globals['_REFERENCES']._serialized_start=652
+  _globals['_REFERENCES']._serialized_end=716
+  _globals['_ENCODEDIMAGES']._serialized_start=718
+  _globals['_ENCODEDIMAGES']._serialized_end=784
+  _globals['_VIEWS']._serialized_start=786
+  _globals['_VIEWS']._serialized_end=895
+  _globals['_PREDICTREQUEST']._serialized_start=898
+  _globals['_PREDICTREQUEST']._serialized_end=1261
+  _globals['_PREDICTREPLY']._serialized_start=1264
+  _globals['_PREDICTREPLY']._serialized_end=1439
+  _globals['_TEACHER']._serialized_start=1442
+  _globals['_TEACHER']._serialized_end=1586
 # @@protoc_insertion_point(module_scope)

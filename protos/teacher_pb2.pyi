@@ -17,7 +17,6 @@ class Array(_message.Message):
         INT64: _ClassVar[Array.DType]
         FLOAT16: _ClassVar[Array.DType]
         FLOAT32: _ClassVar[Array.DType]
-
     DTYPE_UNSPECIFIED: Array.DType
     UINT8: Array.DType
     INT32: Array.DType
@@ -30,12 +29,7 @@ class Array(_message.Message):
     dtype: Array.DType
     shape: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(
-        self,
-        dtype: _Optional[_Union[Array.DType, str]] = ...,
-        shape: _Optional[_Iterable[int]] = ...,
-        data: _Optional[bytes] = ...,
-    ) -> None: ...
+    def __init__(self, dtype: _Optional[_Union[Array.DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -53,14 +47,7 @@ class Rendering(_message.Message):
     antialias: bool
     version: str
     decoder: str
-    def __init__(
-        self,
-        size: _Optional[int] = ...,
-        interpolation: _Optional[str] = ...,
-        antialias: _Optional[bool] = ...,
-        version: _Optional[str] = ...,
-        decoder: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, size: _Optional[int] = ..., interpolation: _Optional[str] = ..., antialias: _Optional[bool] = ..., version: _Optional[str] = ..., decoder: _Optional[str] = ...) -> None: ...
 
 class DataSet(_message.Message):
     __slots__ = ("name", "digest", "num_samples")
@@ -70,23 +57,10 @@ class DataSet(_message.Message):
     name: str
     digest: str
     num_samples: int
-    def __init__(
-        self, name: _Optional[str] = ..., digest: _Optional[str] = ..., num_samples: _Optional[int] = ...
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., num_samples: _Optional[int] = ...) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = (
-        "fingerprint",
-        "model",
-        "num_classes",
-        "precision",
-        "rendering",
-        "max_rows",
-        "data_sets",
-        "weights_digest",
-        "renders",
-        "batch_invariant",
-    )
+    __slots__ = ("fingerprint", "model", "num_classes", "precision", "rendering", "max_rows", "data_sets", "weights_digest", "renders", "batch_invariant")
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     NUM_CLASSES_FIELD_NUMBER: _ClassVar[int]
@@ -107,19 +81,7 @@ class Description(_message.Message):
     weights_digest: str
     renders: bool
     batch_invariant: bool
-    def __init__(
-        self,
-        fingerprint: _Optional[str] = ...,
-        model: _Optional[str] = ...,
-        num_classes: _Optional[int] = ...,
-        precision: _Optional[str] = ...,
-        rendering: _Optional[_Union[Rendering, _Mapping]] = ...,
-        max_rows: _Optional[int] = ...,
-        data_sets: _Optional[_Iterable[_Union[DataSet, _Mapping]]] = ...,
-        weights_digest: _Optional[str] = ...,
-        renders: _Optional[bool] = ...,
-        batch_invariant: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, fingerprint: _Optional[str] = ..., model: _Optional[str] = ..., num_classes: _Optional[int] = ..., precision: _Optional[str] = ..., rendering: _Optional[_Union[Rendering, _Mapping]] = ..., max_rows: _Optional[int] = ..., data_sets: _Optional[_Iterable[_Union[DataSet, _Mapping]]] = ..., weights_digest: _Optional[str] = ..., renders: _Optional[bool] = ..., batch_invariant: _Optional[bool] = ...) -> None: ...
 
 class References(_message.Message):
     __slots__ = ("digest", "sample")
@@ -135,9 +97,7 @@ class EncodedImages(_message.Message):
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     image: _containers.RepeatedScalarFieldContainer[bytes]
     sample: Array
-    def __init__(
-        self, image: _Optional[_Iterable[bytes]] = ..., sample: _Optional[_Union[Array, _Mapping]] = ...
-    ) -> None: ...
+    def __init__(self, image: _Optional[_Iterable[bytes]] = ..., sample: _Optional[_Union[Array, _Mapping]] = ...) -> None: ...
 
 class Views(_message.Message):
     __slots__ = ("image", "box", "flip")
@@ -147,26 +107,10 @@ class Views(_message.Message):
     image: Array
     box: Array
     flip: Array
-    def __init__(
-        self,
-        image: _Optional[_Union[Array, _Mapping]] = ...,
-        box: _Optional[_Union[Array, _Mapping]] = ...,
-        flip: _Optional[_Union[Array, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, image: _Optional[_Union[Array, _Mapping]] = ..., box: _Optional[_Union[Array, _Mapping]] = ..., flip: _Optional[_Union[Array, _Mapping]] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
-    __slots__ = (
-        "request_id",
-        "fingerprint",
-        "references",
-        "encoded",
-        "pixels",
-        "views",
-        "partner",
-        "lam",
-        "audit",
-        "audit_pixels",
-    )
+    __slots__ = ("request_id", "fingerprint", "references", "encoded", "pixels", "views", "partner", "lam", "audit", "audit_pixels")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
@@ -187,19 +131,7 @@ class PredictRequest(_message.Message):
     lam: Array
     audit: Array
     audit_pixels: bool
-    def __init__(
-        self,
-        request_id: _Optional[str] = ...,
-        fingerprint: _Optional[str] = ...,
-        references: _Optional[_Union[References, _Mapping]] = ...,
-        encoded: _Optional[_Union[EncodedImages, _Mapping]] = ...,
-        pixels: _Optional[_Union[Array, _Mapping]] = ...,
-        views: _Optional[_Union[Views, _Mapping]] = ...,
-        partner: _Optional[_Union[Array, _Mapping]] = ...,
-        lam: _Optional[_Union[Array, _Mapping]] = ...,
-        audit: _Optional[_Union[Array, _Mapping]] = ...,
-        audit_pixels: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., references: _Optional[_Union[References, _Mapping]] = ..., encoded: _Optional[_Union[EncodedImages, _Mapping]] = ..., pixels: _Optional[_Union[Array, _Mapping]] = ..., views: _Optional[_Union[Views, _Mapping]] = ..., partner: _Optional[_Union[Array, _Mapping]] = ..., lam: _Optional[_Union[Array, _Mapping]] = ..., audit: _Optional[_Union[Array, _Mapping]] = ..., audit_pixels: _Optional[bool] = ...) -> None: ...
 
 class PredictReply(_message.Message):
     __slots__ = ("request_id", "fingerprint", "logits", "audit_digest", "audit_pixels")
@@ -213,11 +145,4 @@ class PredictReply(_message.Message):
     logits: Array
     audit_digest: Array
     audit_pixels: Array
-    def __init__(
-        self,
-        request_id: _Optional[str] = ...,
-        fingerprint: _Optional[str] = ...,
-        logits: _Optional[_Union[Array, _Mapping]] = ...,
-        audit_digest: _Optional[_Union[Array, _Mapping]] = ...,
-        audit_pixels: _Optional[_Union[Array, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., logits: _Optional[_Union[Array, _Mapping]] = ..., audit_digest: _Optional[_Union[Array, _Mapping]] = ..., audit_pixels: _Optional[_Union[Array, _Mapping]] = ...) -> None: ...

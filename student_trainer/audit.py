@@ -15,7 +15,8 @@ from data_prep.index import Index
 from protos import teacher_pb2 as pb
 from student_trainer.loader import Batch
 from student_trainer.teacher_client import Fleet, TeacherRefusedError
-from views.render import MAX_PIXEL_DIFFERENCE, RENDER_VERSION, Renderer, Rendering, view_digest
+from views.render import MAX_PIXEL_DIFFERENCE, RENDER_VERSION, Renderer, Rendering
+from views.view import view_digest
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ def teacher_rendering(description: pb.Description, student: Rendering) -> Render
     """
     theirs = description.rendering
     ours = (student.interpolation, student.antialias, RENDER_VERSION)
-    if (theirs.interpolation, theirs.antialias, theirs.version) != ours:
+    # A teacher without a renderer looks at what we render for it.
+    if description.renders and (theirs.interpolation, theirs.antialias, theirs.version) != ours:
         raise TeacherRefusedError(
             "the teacher would not see the same views: it renders with "
             f"interpolation {theirs.interpolation}, antialias {theirs.antialias}, version {theirs.version}; "

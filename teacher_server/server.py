@@ -196,8 +196,13 @@ def _describe(
     config: Config, teacher: Teacher, weights_digest: str, render_version: str, pictures: Pictures
 ) -> pb.Description:
     card = teacher.card
+    decoder = "" if not pictures.renders else "gpu" if teacher.device.type == "cuda" else "cpu"
     rendering = pb.Rendering(
-        size=card.size, interpolation=config.interpolation, antialias=config.antialias, version=render_version
+        size=card.size,
+        interpolation=config.interpolation,
+        antialias=config.antialias,
+        version=render_version,
+        decoder=decoder,
     )
     return pb.Description(
         fingerprint=fingerprint(
@@ -209,7 +214,7 @@ def _describe(
                 "std": card.std,
                 "precision": teacher.precision,
                 "batch_rows": teacher.batch_rows,
-                "rendering": [card.size, config.interpolation, config.antialias, render_version],
+                "rendering": [card.size, config.interpolation, config.antialias, render_version, decoder],
             }
         ),
         model=card.architecture,

@@ -29,6 +29,7 @@ from teacher_server.batcher import Batcher, ClosedError, ModelError, OverloadedE
 from teacher_server.gate import wire_dtype
 from teacher_server.model import Scene
 from teacher_server.pictures import BadRequestError, NotHereError, Pictures, UnknownSampleError
+from views.view import view_digest
 from views.wire import Question, read_question
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
@@ -196,10 +197,6 @@ def _check_finite(logits: NDArray[Any], question: Question) -> None:
 
 def _vouch(reply: pb.PredictReply, pixels: torch.Tensor, question: Question, *, with_pixels: bool) -> None:
     """The view audit: digests of what was really rendered, and on request the pixels."""
-    try:
-        from views.render import view_digest
-    except ImportError as error:
-        raise NotHereError("this teacher has no renderer (DALI is not installed), so it vouches for no view") from error
     audited = pixels[torch.from_numpy(question.audit.astype(np.int64)).to(pixels.device)].cpu().numpy()
     digests = np.stack([np.frombuffer(view_digest(view), np.uint8) for view in audited])
     reply.audit_digest.CopyFrom(to_message(digests))

@@ -10,7 +10,8 @@ from PIL import Image
 from reference_render import decode
 from reference_render import render as slow_render
 from views.mix import mix
-from views.render import BadPictureError, Renderer, Rendering, view_digest
+from views.render import BadPictureError, Renderer, Rendering
+from views.view import view_digest
 
 
 def picture(height: int, width: int, seed: int = 0, mode: str = "RGB", file_format: str = "JPEG", **save) -> np.ndarray:

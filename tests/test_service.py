@@ -30,8 +30,8 @@ from teacher_server import pictures, service
 from teacher_server.config import Config
 from teacher_server.gate import GateError
 from teacher_server.server import MAX_MESSAGE_BYTES, Server, create_server
-from views.render import Renderer, view_digest
-from views.view import Rows
+from views.render import Renderer
+from views.view import Rows, view_digest
 from views.wire import ask_by_reference, ask_encoded, ask_pixels
 
 SIZE = 32

@@ -13,7 +13,6 @@ on the whole picture (its border taps see pixels outside the crop).
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,11 +148,6 @@ class Renderer:
             reason = _find_fault(picture, yxhw)
             if reason:
                 raise BadPictureError(start + view, reason)
-
-
-def view_digest(pixels: NDArray[np.uint8]) -> bytes:
-    """16 bytes that stand for a rendered view [size, size, 3]."""
-    return hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
 
 
 def _graph(rendering: Rendering, on_gpu: bool) -> Any:

@@ -12,6 +12,7 @@ Shape legend: V views, R rows (R <= V).
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,3 +92,8 @@ class Rows:
             partner=np.arange(stop - start, dtype=np.int32),
             lam=np.ones(stop - start, dtype=np.float32),
         )
+
+
+def view_digest(pixels: NDArray[np.uint8]) -> bytes:
+    """16 bytes that stand for a rendered view [size, size, 3]."""
+    return hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
