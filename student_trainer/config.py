@@ -176,12 +176,9 @@ def settings(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def override(config: Config, args: Sequence[str]) -> Config:
     """Apply command line settings; an unknown one ends the program with the known ones listed."""
-    try:
-        result, unknown = tyro.cli(
-            Config, default=config, args=list(args), return_unknown_args=True, prog="student_trainer/main.py"
-        )
-    except ValueError as error:  # a setting out of its range, refused by a __post_init__
-        sys.exit(str(error))
+    result, unknown = tyro.cli(
+        Config, default=config, args=list(args), return_unknown_args=True, prog="student_trainer/main.py"
+    )
     if unknown:
         known = ["--" + name for name in settings(config)]
         guess = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), known, n=3)

@@ -57,7 +57,7 @@ def _command(config: Config, world: World) -> list[str]:
     command = [
         sys.executable, "-m", "teacher_server.main", "--exit-when-stdin-closes", "--address=127.0.0.1:0",
         f"--model={config.teacher.model}", f"--data={config.data.root}", f"--device={device}",
-        f"--interpolation={config.student.interpolation}",
+        f"--interpolation={config.student.interpolation}", "--drain-s=10",
         "--antialias" if config.student.antialias else "--no-antialias",
     ]  # fmt: skip
     if config.teacher.size:

@@ -1,0 +1,83 @@
+"""Recipes, overrides, and what is said about a wrong setting."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import student_trainer.main as door
+from student_trainer.config import FREE_ON_RESUME, settings
+from student_trainer.recipes import RECIPES
+from views.draw import ViewLaw
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_full_config_under_its_own_name(name):
+    config = door.parse(["--recipe", name])
+    assert config.recipe == name
+    assert config == RECIPES[name]()
+    assert RECIPES[name].__doc__
+
+
+def test_settings_of_the_command_line_replace_those_of_the_recipe():
+    config = door.parse([
+        "--recipe=digits/demo", "--optim.lr", "0.5", "--views.crop=rc", "--views.no-mixup", "--data", "/x",
+        "--teacher", "a:1", "unix:/b", "--student.weights=w.npz",
+    ])  # fmt: skip
+    assert config.optim.lr == 0.5
+    assert config.views == ViewLaw(crop="rc", mixup=False)
+    assert config.data.root == Path("/x")
+    assert config.teacher.addresses == ("a:1", "unix:/b")
+    assert config.student.weights == Path("w.npz")
+    assert config.optim.batch_size == RECIPES["digits/demo"]().optim.batch_size
+
+
+def test_an_unknown_setting_is_refused_with_the_known_ones_listed():
+    with pytest.raises(SystemExit) as refused:
+        door.parse(["--recipe=digits/demo", "--optim.learning-rate=3"])
+    words = str(refused.value)
+    assert "unknown setting --optim.learning-rate" in words
+    for known in settings(RECIPES["digits/demo"]()):
+        assert f"--{known}" in words
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("--optim.l", "--optim.lr"), ("--optim.batchsize", "--optim.batch_size")])
+def test_a_near_miss_is_guessed(typed, meant):
+    with pytest.raises(SystemExit, match=rf"Did you mean .*{meant}"):
+        door.parse(["--recipe=digits/demo", f"{typed}=3"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--optim.batch-size=0", "--optim.batch_size is 0; it must be greater than 0"),
+        ("--views.min-area=2", "min_area is 2.0"),
+        ("--recipe=nope", "no recipe is called 'nope'"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_in_a_sentence(argument, sentence, capsys):
+    with pytest.raises(SystemExit) as refused:
+        door.parse(["--recipe=digits/demo", argument])
+    words = str(refused.value) + " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert sentence in words
+
+
+def test_what_may_change_on_resume_are_settings_that_exist():
+    assert set(settings(RECIPES["digits/demo"]())) >= FREE_ON_RESUME
+
+
+def test_the_door_opens_from_any_folder_and_without_this_folder_on_the_path(tmp_path):
+    run = subprocess.run(
+        [sys.executable, ROOT / "student_trainer" / "main.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "which recipe?" in run.stderr
+    for name in RECIPES:
+        assert name in run.stderr
