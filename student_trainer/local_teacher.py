@@ -18,6 +18,10 @@ _ROOT = Path(__file__).resolve().parents[1]
 _LOAD_TIMEOUT_S = 900.0  # a large model downloads, folds, compiles and warms up
 
 
+class TeacherDiedError(RuntimeError):
+    """The teacher started beside the run ended, or did not come up in time."""
+
+
 @contextlib.contextmanager
 def teacher_beside(config: Config, world: World) -> Iterator[str]:
     """Start `teacher_server` for config.teacher.model, and yield its address once it serves.
@@ -26,7 +30,7 @@ def teacher_beside(config: Config, world: World) -> Iterator[str]:
     run_dir/teacher.log.
 
     Raises:
-        RuntimeError: it ended, or did not come up; quotes the end of its log.
+        TeacherDiedError: it ended, or did not come up; quotes the end of its log.
     """
     log_file = config.run_dir / "teacher.log"
     with tempfile.TemporaryDirectory(prefix="funmatch-") as folder, log_file.open("ab") as log:
@@ -78,6 +82,6 @@ def _wait_for_address(server: subprocess.Popen[bytes], address_file: Path, log_f
         if server.poll() is not None or time.monotonic() > deadline:
             state = f"ended with exit code {server.returncode}" if server.returncode is not None else "is not ready"
             tail = "\n  ".join(log_file.read_text(errors="replace").splitlines()[-12:])
-            raise RuntimeError(f"the teacher started beside this run {state}. The end of {log_file}:\n  {tail}")
+            raise TeacherDiedError(f"the teacher started beside this run {state}. The end of {log_file}:\n  {tail}")
         time.sleep(0.1)
     return address_file.read_text().strip()

@@ -31,14 +31,22 @@ def parse(args: list[str]) -> Config:
 
 
 def main() -> None:
-    """Run a recipe."""
+    """Run a recipe. Exit code 1, with a sentence and no traceback, for what the caller can mend."""
     config = parse(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # After the settings are known to be right: these import torch and DALI.
+    from student_trainer.loader import PictureError
+    from student_trainer.local_teacher import TeacherDiedError
     from student_trainer.report import print_table
-    from student_trainer.train import train  # after the settings are known to be right: it imports torch and DALI
+    from student_trainer.teacher_client import TeacherError
+    from student_trainer.train import NonFiniteLossError, train
 
     with world.join(config.device) as processes:
-        summary = train(config, processes)
+        try:
+            summary = train(config, processes)
+        except (ValueError, OSError, TeacherError, TeacherDiedError, PictureError, NonFiniteLossError) as error:
+            logging.getLogger("funmatch").debug("where it happened", exc_info=True)
+            sys.exit(f"rank {processes.rank}: {type(error).__name__}: {error}")
         if processes.is_main and not summary.get("stopped"):
             print_table(summary)
 

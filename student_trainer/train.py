@@ -39,7 +39,7 @@ from student_trainer.teacher_client import Fleet
 from student_trainer.world import World
 from views.draw import Plan
 from views.mix import mix
-from views.philox import philox
+from views.philox import philox_once
 from views.render import Renderer, Rendering
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
             teacher_wait_s = time.monotonic() - asked_time
 
             # ---- step --------------------------------------------------------------------------------------
-            torch.manual_seed(int(philox(config.seed, step & 0xFFFFFFFF, world.rank, 0, _DROPOUT << 16)[0]))
+            torch.manual_seed(philox_once(config.seed, step & 0xFFFFFFFF, world.rank, 0, _DROPOUT << 16)[0])
             lr = set_schedule(optimizer, schedule(step))
             with torch.autocast(world.device.type, autocast_dtype, enabled=config.precision != "float32"):
                 student_RK = network(images_R3SS).float()

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from views.draw import Plan, ViewLaw, draw_boxes, fixed_rows, permute
-from views.philox import philox
+from views.philox import philox, philox_once
 from views.view import Rows
 
 GOLDEN = Path(__file__).parent / "golden" / "views_v1.json"
@@ -214,6 +214,7 @@ def test_philox_gives_its_authors_known_answers():
     ]  # fmt: skip
     for key, counter, answer in known:
         assert philox(key, *counter).tolist() == list(answer)
+        assert philox_once(key, *counter) == answer
 
 
 def test_large_sample_numbers_and_steps_have_draws_of_their_own():

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,11 +168,12 @@ def test_a_teacher_killed_in_the_middle_and_started_again_changes_nothing(
 
 
 def test_one_rank_sees_the_rows_that_two_ranks_saw(undisturbed, teachers, tiny_data, tmp_path):
-    """Sums in another order: not the same bits, but the same run."""
+    """Not the same run: this student's BatchNorm sees 32 rows and not 16. But the teacher is asked the same."""
     finish(start(command(tiny_data, tmp_path / "run", teachers[1].address, ranks=1), tmp_path))
-    for one, two in zip(lines(tmp_path / "run")[:8], lines(undisturbed)[:8], strict=True):
-        assert one["teacher_entropy"] == pytest.approx(two["teacher_entropy"], rel=1e-4)
-        assert one["loss"] == pytest.approx(two["loss"], rel=2e-2)
+    one, two = lines(tmp_path / "run"), lines(undisturbed)
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6), "the head is zero: no statistics matter yet"
+    for name in ("teacher_entropy", "lr"):
+        assert [line[name] for line in one] == pytest.approx([line[name] for line in two], rel=1e-5)
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(undisturbed, teachers, tiny_data):
@@ -185,11 +187,13 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(undi
     assert process.returncode != 0
     assert "optim.lr: 0.003 in the checkpoint, 0.5 now" in output
     assert "seed: 0 in the checkpoint, 4 now" in output
+    assert "rank 0: ValueError: this run was started with other settings" in output
+    assert "student_trainer/train.py" not in output, "a sentence, not a traceback"
 
 
 def test_a_run_without_addresses_starts_a_teacher_of_its_own(tiny_model, tiny_data, tmp_path):
     """From another folder, with one rank; labels-only training of two ranks is next."""
-    args = [*command(tiny_data, tmp_path / "run", ranks=1), f"--teacher.model={tiny_model}", "--optim.epochs=8"]
+    args = [*command(tiny_data, tmp_path / "run", ranks=1), f"--teacher.model={tiny_model}", "--optim.epochs=16"]
     finish(start(args, tmp_path))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["view_mismatch_max"] == 0
     log = (tmp_path / "run" / "teacher.log").read_text()
@@ -206,4 +210,6 @@ def test_supervised_mode_learns_from_labels_and_stops_on_a_loss_that_is_no_numbe
     )
     output, _ = process.communicate(timeout=100)
     assert process.returncode != 0
-    assert "the loss is nan at step" in output and "before the update" in output
+    assert re.search(r"the (loss|grad_norm) is (nan|inf) at step \d+, on all ranks, before the update", output), output[
+        -4000:
+    ]

@@ -18,6 +18,7 @@ Rejected: numpy generators seeded by tuples (11 us a sample), and seeds on the w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +26,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from views.philox import below, philox, uniform
+from views.philox import below, philox, philox_once, uniform
 from views.view import Rows
 
 Crop = Literal["rs", "cc", "rc", "ic"]
@@ -38,7 +39,7 @@ _MIN_RATIO, _MAX_RATIO = 0.75, 1.33  # width / height, drawn uniformly; 1.33, no
 _MAX_ATTEMPTS = 100
 
 _NUM_FEISTEL_ROUNDS = 12  # with 8, sets of 5 to 16 pictures were measurably uneven over 100,000 epochs
-_MIN_FEISTEL_BITS = 6  # a network over fewer has too few states to mix
+_MIN_FEISTEL_SIDE = 8  # a network over fewer has too few states to mix
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,8 +127,8 @@ class Plan:
 
     def _lambda(self, step: int) -> float:
         # Beta(1, 1) is uniform; the reference takes max(a, 1 - a): the row's own view is the main one.
-        u = uniform(philox(self.seed, step & 0xFFFFFFFF, step >> 32, 0, _MIXUP))[0]
-        return float(max(u, 1 - u))
+        u = philox_once(self.seed, step & 0xFFFFFFFF, step >> 32, 0, _MIXUP)[0] * 2.0**-32
+        return max(u, 1 - u)
 
 
 def fixed_rows(
@@ -183,34 +184,34 @@ def draw_flips(law: ViewLaw, seed: int, epoch: NDArray[np.int64], sample: NDArra
     if not law.flip:
         return np.zeros(len(sample), dtype=np.bool_)
     word = philox(seed, sample & 0xFFFFFFFF, sample >> 32, epoch, _FLIP)[0]
-    odd: NDArray[np.bool_] = (word & np.uint64(1)) == 1
+    odd: NDArray[np.bool_] = (word & 1) == 1
     return odd
 
 
 def permute(seed: int, epoch: NDArray[np.int64], place: NDArray[np.int64], num: int) -> NDArray[np.int64]:
     """The picture, in [0, num), that stands at each place of its epoch's order: a permutation per epoch.
 
-    A Feistel network over the smallest power of two that holds num, walked until it lands below num; so an
-    epoch of a billion pictures costs no memory and no pause at its border.
+    A Feistel network over the smallest rectangle of numbers that holds num, walked until it lands below num; so
+    an epoch of a billion pictures costs no memory and no pause at its border.
     """
     epochs, which = np.unique(epoch, return_inverse=True)
     blocks = philox(seed, np.arange(_NUM_FEISTEL_ROUNDS // 4)[:, None], 0, epochs, _ORDER)
     keys = blocks.reshape(_NUM_FEISTEL_ROUNDS, len(epochs))[:, which]
-    num_bits = max(_MIN_FEISTEL_BITS, (num - 1).bit_length())
-    out = _feistel(place.astype(np.uint64), keys, num_bits)
+    width = max(_MIN_FEISTEL_SIDE, math.isqrt(num - 1) + 1)
+    height = max(_MIN_FEISTEL_SIDE, -(-num // width))
+    out = _feistel(place.astype(np.uint64), keys, width, height)
     while (outside := np.flatnonzero(out >= num)).size:
-        out[outside] = _feistel(out[outside], keys[:, outside], num_bits)
+        out[outside] = _feistel(out[outside], keys[:, outside], width, height)
     return out.astype(np.int64)
 
 
-def _feistel(x: NDArray[np.uint64], keys: NDArray[np.uint64], num_bits: int) -> NDArray[np.uint64]:
-    """A keyed bijection of [0, 2**num_bits): in turn, each half is xored with a hash of the other."""
-    bits = np.uint64(num_bits // 2)
-    masks = np.uint64((1 << (num_bits // 2)) - 1), np.uint64((1 << (num_bits - num_bits // 2)) - 1)
-    halves = [x & masks[0], x >> bits]
-    for i, key in enumerate(keys):
-        halves[i % 2] = halves[i % 2] ^ (_hash32(halves[1 - i % 2] ^ key) & masks[i % 2])
-    return halves[0] | (halves[1] << bits)
+def _feistel(x: NDArray[np.uint64], keys: NDArray[np.uint64], width: int, height: int) -> NDArray[np.uint64]:
+    """A keyed bijection of [0, width * height): in turn, a hash of one coordinate is added to the other."""
+    row, column = np.divmod(x, np.uint64(width))
+    for i in range(0, len(keys), 2):
+        column = (column + _hash32(row ^ keys[i])) % np.uint64(width)
+        row = (row + _hash32(column ^ keys[i + 1])) % np.uint64(height)
+    return row * np.uint64(width) + column
 
 
 def _hash32(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
