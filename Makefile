@@ -6,6 +6,7 @@ BIN := .venv/bin
 # The demo's data set and, for all but digits, the folder with its official archives.
 DATA ?= digits
 SOURCE ?=
+TWO_RANKS := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 student_trainer/main.py
 DEMO := runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
 
 .PHONY: help
@@ -37,10 +38,10 @@ demo: .venv/installed ## the main job on a small data set: prepare, train a teac
 	@echo "== 1 of 3: prepare $(DATA)"
 	$(BIN)/python -m data_prep.prepare $(DATA) --out runs/data/$(DATA) $(if $(SOURCE),--source $(SOURCE))
 	@echo "== 2 of 3: train a teacher from labels"
-	$(BIN)/python student_trainer/main.py --recipe $(DATA)/demo_teacher --data runs/data/$(DATA) --run-dir $(DEMO)/teacher
+	$(TWO_RANKS) --recipe $(DATA)/demo_teacher --data runs/data/$(DATA) --run-dir $(DEMO)/teacher
 	@echo "== 3 of 3: serve it, and distil it on two ranks"
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 student_trainer/main.py --recipe $(DATA)/demo \
-		--data runs/data/$(DATA) --teacher.model $(DEMO)/teacher/model.safetensors --run-dir $(DEMO)
+	$(TWO_RANKS) --recipe $(DATA)/demo --data runs/data/$(DATA) --run-dir $(DEMO) \
+		--teacher.model $(DEMO)/teacher/model.safetensors
 	@echo "what happened: $(DEMO)/report.png; the numbers: $(DEMO)/summary.json"
 
 .PHONY: lock

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import signal
+import sys
 import time
 from typing import Any
 
@@ -156,7 +157,13 @@ def train(config: Config, world: World) -> dict[str, Any]:
         batches = run_ahead(source, steps, config.prefetch)
         cleanup.callback(batches.close)
         progress = cleanup.enter_context(
-            tqdm(total=total_steps, initial=first_step, unit="step", disable=not world.is_main, mininterval=1.0)
+            tqdm(
+                total=total_steps,
+                initial=first_step,
+                unit="step",
+                disable=not world.is_main,
+                mininterval=1.0 if sys.stderr.isatty() else 10.0,
+            )
         )
         labels = torch.from_numpy(np.array(index.label)) if config.targets == "labels" else None
         last_time = time.monotonic()
