@@ -35,6 +35,8 @@ def teacher_beside(config: Config, world: World) -> Iterator[str]:
     log_file = config.run_dir / "teacher.log"
     with tempfile.TemporaryDirectory(prefix="funmatch-") as folder, log_file.open("ab") as log:
         address_file = Path(folder) / "address"
+        log.seek(0, os.SEEK_END)
+        log_start = log.tell()
         server = subprocess.Popen(
             [*_command(config, world), f"--address-file={address_file}"],
             stdin=subprocess.PIPE,
@@ -45,7 +47,7 @@ def teacher_beside(config: Config, world: World) -> Iterator[str]:
             start_new_session=True,  # Ctrl-C is for the trainer, which then closes the server's standard input
         )
         try:
-            yield _wait_for_address(server, address_file, log_file)
+            yield _wait_for_address(server, address_file, log_file, log_start)
         finally:
             assert server.stdin is not None
             server.stdin.close()
@@ -76,12 +78,13 @@ def _without_torchrun(environment: os._Environ[str]) -> dict[str, str]:
     return {k: v for k, v in environment.items() if k not in ours and not k.startswith("TORCHELASTIC")}
 
 
-def _wait_for_address(server: subprocess.Popen[bytes], address_file: Path, log_file: Path) -> str:
+def _wait_for_address(server: subprocess.Popen[bytes], address_file: Path, log_file: Path, log_start: int) -> str:
     deadline = time.monotonic() + _LOAD_TIMEOUT_S
     while not address_file.exists():
         if server.poll() is not None or time.monotonic() > deadline:
             state = f"ended with exit code {server.returncode}" if server.returncode is not None else "is not ready"
-            tail = "\n  ".join(log_file.read_text(errors="replace").splitlines()[-12:])
+            log = log_file.read_bytes()[log_start:].decode(errors="replace")
+            tail = "\n  ".join(log.splitlines()[-12:])
             raise TeacherDiedError(f"the teacher started beside this run {state}. The end of {log_file}:\n  {tail}")
         time.sleep(0.1)
     return address_file.read_text().strip()

@@ -85,6 +85,17 @@ def train(config: Config, world: World) -> dict[str, Any]:
             size=config.student.size, interpolation=config.student.interpolation, antialias=config.student.antialias
         )
 
+        # ---- where we were ---------------------------------------------------------------------------------
+        saved = world.broadcast_object(checkpoint.load_latest(config.run_dir) if world.is_main else None)
+        first_step = 0
+        if saved is not None:
+            checkpoint.refuse_other_settings(saved["config"], settings(config), FREE_ON_RESUME)
+            first_step = saved["step"]
+        summary_file = config.run_dir / "summary.json"
+        if first_step == total_steps and summary_file.exists():
+            world.say(f"{config.run_dir} is finished: its numbers again. To train anew, choose another --run-dir")
+            return dict(json.loads(summary_file.read_text()))
+
         # ---- who teaches -----------------------------------------------------------------------------------
         fleet: Fleet | None = None
         audit: ViewAudit | None = None
@@ -113,22 +124,13 @@ def train(config: Config, world: World) -> dict[str, Any]:
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         autocast_dtype = getattr(torch, config.precision)
 
-        # ---- where we were ---------------------------------------------------------------------------------
-        first_step = 0
-        saved = world.broadcast_object(checkpoint.load_latest(config.run_dir) if world.is_main else None)
+        # ---- go on from where we were ----------------------------------------------------------------------
         identity = {"data": index.digest, "teacher": fleet.description.fingerprint if fleet else ""}
         if saved is not None:
-            checkpoint.refuse_other_settings(
-                saved["config"] | saved["identity"], settings(config) | identity, FREE_ON_RESUME
-            )
+            checkpoint.refuse_other_settings(saved["identity"], identity)
             student.load_state_dict(saved["student"])
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
-            first_step = saved["step"]
-        finished = config.run_dir / "summary.json"
-        if first_step == total_steps and finished.exists():
-            world.say(f"{config.run_dir} is finished: its numbers again. To train anew, choose another --run-dir")
-            return dict(json.loads(finished.read_text()))
         network = DistributedDataParallel(student) if world.connected else student
 
         # ---- say what will be done -------------------------------------------------------------------------
