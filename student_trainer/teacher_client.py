@@ -28,29 +28,16 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
 from protos import teacher_pb2 as pb
-from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import from_message, to_message
+from student_trainer.replica import Replica
 from views.view import Rows
 from views.wire import Transport, ask_by_reference, ask_encoded, ask_pixels
 
 log = logging.getLogger(__name__)
-
-MAX_MESSAGE_BYTES = 256 * 2**20
-"""Largest answer accepted: 256 MiB."""
-
-_BACK_OFF_S = 0.2, 5.0  # first and longest pause before a failed replica is asked again
-_OTHER_REPLICA_MAY_ANSWER = {
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.CANCELLED,
-}
-_MAX_FAILURES = 5  # of one part, by errors inside of teachers: it is the part's fault then
 
 
 class TeacherError(RuntimeError):
@@ -76,7 +63,7 @@ class Audit:
 
 
 @dataclass(order=True, slots=True)
-class _Part:
+class Part:
     """A piece of a batch on its way; ordered by age."""
 
     number: int
@@ -165,7 +152,7 @@ class Fleet:
         """
         if not addresses:
             raise ValueError("a fleet needs at least one address")
-        self._queue: queue.PriorityQueue[_Part] = queue.PriorityQueue()
+        self._queue: queue.PriorityQueue[Part] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._deadline_s = deadline_s
         self._patience_s = patience_s
@@ -176,7 +163,7 @@ class Fleet:
         self._description: pb.Description | None = None
         self.retries = 0
         """Parts that had to be sent again."""
-        self._replicas = [_Replica(self, address, window) for address in addresses]
+        self._replicas = [Replica(self, address, window) for address in addresses]
         self.description = self._wait_for_description()
         """Of the first teacher that answered; all others must have its fingerprint."""
         self.transport = _choose_transport(self.description, transport, data_digest)
@@ -211,7 +198,7 @@ class Fleet:
             if audits:
                 request.audit.CopyFrom(to_message(np.arange(audits, dtype=np.int32)))
                 request.audit_pixels = audit_pixels
-            self._queue.put(_Part(next(self._numbers), request, answer, start, stop - start, audits))
+            self._queue.put(Part(next(self._numbers), request, answer, start, stop - start, audits))
         return answer
 
     def _request(
@@ -268,7 +255,7 @@ class Fleet:
                         raise
             return self._description
 
-    # What the replicas' threads call.
+    # What the replicas' threads (replica.py) call.
 
     def meet(self, address: str, description: pb.Description) -> bool:
         """Take note of who a replica is; whether it is one of us."""
@@ -292,19 +279,23 @@ class Fleet:
             log.warning("teacher %s: %s", address, words)
         self._last_words[address] = words
 
-    def next_part(self) -> _Part | None:
+    def next_part(self) -> Part | None:
         """The oldest waiting part, or None for now."""
         try:
             return self._queue.get(timeout=0.2)
         except queue.Empty:
             return None
 
-    def put_back(self, part: _Part) -> None:
+    def put_back(self, part: Part) -> None:
         """Let another replica, or this one later, take the part."""
         self.retries += 1
         self._queue.put(part)
 
-    def deliver(self, address: str, part: _Part, reply: pb.PredictReply) -> None:
+    def refuse(self, address: str, part: Part, words: str) -> None:
+        """Give a part up: a teacher says that the request itself is wrong."""
+        part.answer.fail(TeacherRefusedError(f"teacher {address} refused: {words}"))
+
+    def deliver(self, address: str, part: Part, reply: pb.PredictReply) -> None:
         """Check an answer and hand it over.
 
         Raises:
@@ -345,103 +336,6 @@ class Fleet:
         return self._deadline_s
 
 
-class _Replica:
-    """One teacher server: `window` threads, each with at most one request under way."""
-
-    def __init__(self, fleet: Fleet, address: str, window: int) -> None:
-        self._fleet = fleet
-        self._address = address
-        options = [
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            # A teacher that was killed and started again is found within a second, not after two minutes.
-            ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.min_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 1000),
-            ("grpc.use_local_subchannel_pool", 1),
-        ]
-        self._channel = grpc.insecure_channel(address, options=options)
-        self._stub = pb_grpc.TeacherStub(self._channel)  # type: ignore[no-untyped-call]
-        self._met = threading.Lock()
-        self._is_one_of_us = False
-        for i in range(window):
-            threading.Thread(target=self._run, name=f"teacher-{address}-{i}", daemon=True).start()
-
-    def close(self) -> None:
-        self._channel.close()
-
-    def _run(self) -> None:
-        first_s, longest_s = _BACK_OFF_S
-        back_off_s = first_s
-        while not self._fleet.is_closed:
-            if not self._introduced():
-                self._fleet.pause(back_off_s)
-                back_off_s = min(2 * back_off_s, longest_s)
-                continue
-            part = self._fleet.next_part()
-            if part is None:
-                continue
-            pause_s = self._ask(part)
-            if pause_s is None:
-                back_off_s = first_s
-            else:
-                self._fleet.pause(pause_s or back_off_s)
-                back_off_s = min(2 * back_off_s, longest_s)
-
-    def _introduced(self) -> bool:
-        """Whether this replica is known to be one of the fleet; asks it if not."""
-        with self._met:
-            if self._is_one_of_us:
-                return True
-            try:
-                description = self._stub.Describe(pb.DescribeRequest(), timeout=min(10.0, self._fleet.deadline_s))
-            except (grpc.RpcError, ValueError) as error:  # ValueError: the channel was closed
-                if not self._fleet.is_closed:
-                    self._fleet.hear(self._address, _words(error))
-                return False
-            self._is_one_of_us = self._fleet.meet(self._address, description)
-            return self._is_one_of_us
-
-    def _ask(self, part: _Part) -> float | None:
-        """Send one part. None: answered; otherwise seconds to pause before the next (0: the usual back-off)."""
-        try:
-            reply = self._stub.Predict(part.request, timeout=self._fleet.deadline_s)
-            self._fleet.deliver(self._address, part, reply)
-            return None
-        except grpc.RpcError as error:
-            if self._fleet.is_closed:
-                return None
-            if not self._may_retry(error, part):
-                part.answer.fail(TeacherRefusedError(f"teacher {self._address} refused: {_words(error)}"))
-                return None
-            self._fleet.hear(self._address, _words(error))
-            busy_s = _push_back_s(error)
-            self._is_one_of_us = busy_s is not None and self._is_one_of_us
-            self._fleet.put_back(part)
-            return busy_s or 0.0
-        except ValueError as error:
-            if self._fleet.is_closed:
-                return None
-            self._fleet.hear(self._address, f"a wrong answer: {error}")
-            self._is_one_of_us = False
-            self._fleet.put_back(part)
-            return 0.0
-
-    def _may_retry(self, error: grpc.RpcError, part: _Part) -> bool:
-        code = error.code()
-        if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
-            part.failures += 1
-            return part.failures < _MAX_FAILURES
-        if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-            # Busy, or larger than a message may be: only the first passes by waiting.
-            return "larger than max" not in (error.details() or "")
-        if code == grpc.StatusCode.FAILED_PRECONDITION:
-            # Restarted as another teacher? Then it is refused as such and another replica answers.
-            self._is_one_of_us = False
-            return not self._introduced()
-        return code in _OTHER_REPLICA_MAY_ANSWER
-
-
 def _choose_transport(description: pb.Description, wanted: Transport | None, data_digest: str) -> Transport:
     sees_data = any(data.digest == data_digest for data in description.data_sets)
     offered: dict[Transport, bool] = {
@@ -458,17 +352,3 @@ def _choose_transport(description: pb.Description, wanted: Transport | None, dat
             "Start it with --data on the same prepared folder, or choose another transport."
         )
     return chosen
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, grpc.RpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error)
-
-
-def _push_back_s(error: grpc.RpcError) -> float | None:
-    """How long the server asks us to wait, if it says so."""
-    for entry in error.trailing_metadata() or ():
-        if entry.key == "grpc-retry-pushback-ms":
-            return float(entry.value) / 1000
-    return None
