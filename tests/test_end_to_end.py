@@ -86,7 +86,8 @@ def finish(process: subprocess.Popen) -> str:
 
 def lines(run_dir: Path) -> list[dict]:
     path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []  # the last line may be half-written
+    return [json.loads(line) for line in whole]
 
 
 def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
