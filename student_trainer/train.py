@@ -67,6 +67,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
         device_id = world.device.index if world.device.type == "cuda" else None
 
         # ---- what we train on ------------------------------------------------------------------------------
+        models.check_name(config.student.architecture)  # a typing error must not wait for the teacher to load
         index = Index.open(config.data.root)
         for split in (config.data.train, config.data.evaluate):
             if split not in index.splits:
