@@ -118,7 +118,7 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation; 1 is upright. 0: there is one, but it cannot be read, so viewers show it as it is."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT))
-    except Exception:
+    except Exception:  # broken EXIF makes Pillow raise all kinds; 0 has the picture re-encoded without it
         return 0
 
 
