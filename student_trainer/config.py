@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from views.draw import ViewLaw
+from views.setting import ViewSetting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,9 @@ class DataConfig:
     """View of evaluation: the whole picture (rs) or its centre (cc)."""
     eval_keep: float = 128 / 160
     """cc: share of the short side that the centre keeps. Small sets 128/160, ImageNet 224/256."""
+    evaluate_root: Path | None = None
+    """Evaluate on this data set instead: the teacher's, when the pictures of training are of another kind (section 3.8).
+    The labels of the training pictures are then never used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +46,9 @@ class StudentConfig:
     """How a box is resized, for student and teacher alike. The reference: linear."""
     antialias: bool = False
     """Low-pass filter before shrinking, for student and teacher alike. The reference: no."""
-    weights: Path | None = None
-    """Start from this file (.safetensors, BiT .npz) instead of from scratch. The head is made anew when the
-    number of classes differs."""
+    weights: str = ""
+    """Start from these weights instead of from scratch: a file (.safetensors, BiT .npz), a released BiT file by name
+    (bit:BiT-M-R50x1), or timm's name of published weights. The head is made anew when the number of classes differs."""
     zero_head: bool = True
     """Head kernel and bias start at zero (big_vision bit_paper.py, head_zeroinit)."""
 
@@ -55,9 +58,18 @@ class TeacherConfig:
     """Who answers, and how long we wait."""
 
     addresses: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--teacher"])] = ()
-    """Teacher servers, host:port or unix:/path. None: start one beside this run."""
-    model: str = ""
-    """Without addresses: the model of the teacher started beside this run (timm name, .safetensors, .npz)."""
+    """One entry a teacher: the addresses of its replicas, host:port or unix:/path, with commas between. Several entries
+    are an ensemble (section 3.6). None: start teachers beside this run."""
+    model: tuple[str, ...] = ()
+    """Without addresses: the models to start beside this run, one a teacher (.safetensors, .npz, bit:NAME, timm name)."""
+    ensemble: Literal["logits", "probabilities", "sum_kl"] = "logits"
+    """How the answers of several teachers become one target: their logits are averaged (the paper, section 3.6), their
+    probabilities, or each has a KL of its own and these are added up (the released code, distill.py)."""
+    store: str = "runs/logits"
+    """fix/: where the constant logits are kept, filled once and shared by all runs: a folder, or redis://, rediss://
+    (TLS) or unix:// with user and password."""
+    store_failure: Literal["stop", "ask"] = "stop"
+    """fix/: when the store cannot be reached in the middle of a run: stop with an error, or ask the teacher again."""
     size: int = 0
     """Without addresses: size of the teacher's views in pixels; 0: the model's own."""
     transport: Literal["auto", "reference", "encoded", "pixels"] = "auto"
@@ -79,8 +91,14 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser of the reference (big_vision optax.py); weight decay is not multiplied by lr."""
+    """The optimiser and its schedule. The defaults are the reference's (big_vision optax.py): Adam, one cosine, weight
+    decay that is not multiplied by lr."""
 
+    optimizer: Literal["adam", "sgdm", "shampoo"] = "adam"
+    """Adam; SGD with momentum (section 3.9, and BiT's fine-tuning); Shampoo with grafting (section 3.4, appendix D)."""
+    decay: Literal["cosine", "quadratic", "staircase"] = "cosine"
+    """The schedule after the warm-up: cosine to zero; (1 - t)^2 to zero (Shampoo); divided by 10 at 30, 60 and 90 % of
+    the run (BiT-HyperRule)."""
     batch_size: int = 512
     """Rows of the global batch, over all ranks."""
     epochs: float = 10_000.0
@@ -94,7 +112,9 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
     mu_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Adam's first moment is kept in this precision. The reference: bfloat16."""
+    """adam: the first moment is kept in this precision. The reference: bfloat16."""
+    momentum: float = 0.9
+    """sgdm."""
     temperature: float = 1.0
     """Of the distillation loss."""
 
@@ -112,7 +132,7 @@ class Config:
     seed: int = 0
     """Of initial weights, order, views and mixup."""
     data: DataConfig = field(default_factory=DataConfig)
-    views: ViewLaw = field(default_factory=ViewLaw)
+    views: ViewSetting = field(default_factory=ViewSetting)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -146,8 +166,8 @@ class Config:
 FREE_ON_RESUME = frozenset({
     "run_dir", "data.root", "device", "prefetch", "decode_threads", "evaluate_every", "eval_batch",
     "checkpoint_every", "teacher.addresses", "teacher.model", "teacher.size", "teacher.transport",
-    "teacher.rows_per_request", "teacher.window", "teacher.deadline_s", "teacher.patience_s",
-    "teacher.audit_every", "teacher.audit_views", "data.evaluate", "data.eval_crop", "data.eval_keep",
+    "teacher.store", "teacher.store_failure", "teacher.rows_per_request", "teacher.window", "teacher.deadline_s", "teacher.patience_s",
+    "teacher.audit_every", "teacher.audit_views", "data.evaluate", "data.evaluate_root", "data.eval_crop", "data.eval_keep",
     "student.weights",
 })  # fmt: skip
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from student_trainer.config import Config, DataConfig, OptimConfig, StudentConfig, TeacherConfig
-from views.draw import ViewLaw
+from views.setting import ViewSetting
 
 
 def digits_demo_teacher() -> Config:
@@ -24,7 +24,7 @@ def digits_demo_teacher() -> Config:
         recipe="digits/demo_teacher",
         targets="labels",
         data=DataConfig(root=Path("runs/data/digits"), evaluate="test", eval_crop="rs"),
-        views=ViewLaw(crop="rc", flip=False, mixup=True),
+        views=ViewSetting(setting="same/rc+mix", flip=False),
         student=StudentConfig(architecture="resnetv2_26x05_bit", size=32),
         optim=OptimConfig(batch_size=128, epochs=30, lr=3e-3, weight_decay=1e-3, warmup_steps=50),
         evaluate_every=100,
@@ -37,7 +37,7 @@ def digits_demo() -> Config:
     return Config(
         recipe="digits/demo",
         data=DataConfig(root=Path("runs/data/digits"), evaluate="test", eval_crop="rs"),
-        views=ViewLaw(crop="ic", flip=True, mixup=True),
+        views=ViewSetting(setting="same/ic+mix"),
         student=StudentConfig(architecture="resnetv2_14x05_bit", size=32),
         teacher=TeacherConfig(audit_every=20),
         optim=OptimConfig(batch_size=128, epochs=45, lr=3e-3, weight_decay=3e-4, warmup_steps=60, temperature=2.0),
@@ -53,7 +53,7 @@ def flowers102_demo_teacher() -> Config:
         recipe="flowers102/demo_teacher",
         targets="labels",
         data=DataConfig(root=Path("runs/data/flowers102"), evaluate="test"),
-        views=ViewLaw(crop="rc", flip=True, mixup=True),
+        views=ViewSetting(setting="same/rc+mix"),
         student=StudentConfig(architecture="resnetv2_26x05_bit", size=64),
         optim=OptimConfig(batch_size=64, epochs=25, lr=2e-3, weight_decay=1e-3, warmup_steps=50),
         evaluate_every=0,
@@ -84,7 +84,7 @@ def flowers102_teacher() -> Config:
         recipe="flowers102/teacher",
         targets="labels",
         data=DataConfig(root=Path("runs/data/flowers102"), evaluate="test"),
-        views=ViewLaw(crop="ic", min_area=0.25, flip=True, mixup=True),
+        views=ViewSetting(setting="same/ic+mix", min_area=0.25),
         student=StudentConfig(architecture="tf_efficientnet_lite2", size=128),
         optim=OptimConfig(batch_size=64, epochs=40, lr=5e-4, weight_decay=1e-4, warmup_steps=60),
         evaluate_every=160,

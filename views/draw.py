@@ -31,8 +31,14 @@ from views.view import Rows
 
 Crop = Literal["rs", "cc", "rc", "ic"]
 
+# Whose crops and flips are drawn: the student's, those of a teacher that sees others of its own (ind/), or those of a
+# fixed teacher. The order of pictures, partners and lambda are the same for all.
+Stream = Literal["student", "teacher", "fixed"]
+
 # What a random word is for: the high half of the counter's last word; the low half numbers the draws.
-_ORDER, _CROP, _FLIP, _MIXUP = (purpose << 16 for purpose in range(4))
+_ORDER, _MIXUP = 0 << 16, 3 << 16
+_CROP: dict[Stream, int] = {"student": 1 << 16, "teacher": 4 << 16, "fixed": 6 << 16}
+_FLIP: dict[Stream, int] = {"student": 2 << 16, "teacher": 5 << 16, "fixed": 7 << 16}
 
 # Inception crop, tf.image.sample_distorted_bounding_box as the reference calls it (big_vision pp/ops_image.py).
 _MIN_RATIO, _MAX_RATIO = 0.75, 1.33  # width / height, drawn uniformly; 1.33, not 4/3
@@ -51,7 +57,9 @@ class ViewLaw:
     flip: bool = True
     """Mirror with probability 1/2."""
     mixup: bool = True
-    """Mix each row with its neighbour in the global batch: one lambda per step, max(u, 1 - u) of a uniform u."""
+    """Mix each row with its neighbour in the global batch: one lambda per step, max(a, 1 - a) of a ~ Beta."""
+    mixup_alpha: float = 1.0
+    """Both parameters of the Beta distribution. 1: uniform, as FunMatch has it; BiT's fine-tuning takes 0.1."""
     min_area: float = 0.05
     """ic: smallest crop, as a share of the picture's area; the largest is the whole picture."""
     keep: float = 128 / 160
@@ -60,6 +68,8 @@ class ViewLaw:
     def __post_init__(self) -> None:
         if self.crop not in ("rs", "cc", "rc", "ic"):
             raise ValueError(f"crop is {self.crop!r}; choose rs, cc, rc or ic")
+        if not 0.01 <= self.mixup_alpha <= 1:
+            raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must lie in [0.01, 1]")
         if not 0 < self.min_area <= 1:
             raise ValueError(f"min_area is {self.min_area}; it is a share of the area, in (0, 1]")
         if not 0 < self.keep <= 1:
@@ -81,6 +91,8 @@ class Plan:
     """Heights of all pictures of the index, in pixels; may be memory-mapped."""
     width: NDArray[np.int32]
     """Widths, likewise."""
+    stream: Stream = "student"
+    """Whose crops and flips: nothing else of the rows depends on it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
@@ -119,37 +131,29 @@ class Plan:
         height, width = self.height[sample].astype(np.int64), self.width[sample].astype(np.int64)
         return Rows(
             sample=sample,
-            box=draw_boxes(self.law, self.seed, epoch, sample, height, width),
-            flip=draw_flips(self.law, self.seed, epoch, sample),
+            box=draw_boxes(self.law, self.seed, epoch, sample, height, width, self.stream),
+            flip=draw_flips(self.law, self.seed, epoch, sample, self.stream),
             partner=partner,
             lam=lam,
         )
 
     def _lambda(self, step: int) -> float:
-        # Beta(1, 1) is uniform; the reference takes max(a, 1 - a): the row's own view is the main one.
-        u = philox_once(self.seed, step & 0xFFFFFFFF, step >> 32, 0, _MIXUP)[0] * 2.0**-32
-        return max(u, 1 - u)
+        # The reference takes max(a, 1 - a): the row's own view is the main one.
+        a = _draw_beta(self.law.mixup_alpha, self.seed, step)
+        return max(a, 1 - a)
 
 
-def fixed_rows(
-    crop: Literal["rs", "cc"], samples: NDArray[np.int64], height: NDArray[np.int32], width: NDArray[np.int32],
-    keep: float = 128 / 160,
-) -> Rows:  # fmt: skip
-    """The rows of evaluation: each sample once, one fixed view, no flip, no mixup.
-
-    height and width are the index's whole columns, as in Plan.
-    """
-    law = ViewLaw(crop=crop, flip=False, mixup=False, keep=keep)
-    zeros = np.zeros_like(samples)
-    boxes = draw_boxes(law, 0, zeros, samples, height[samples].astype(np.int64), width[samples].astype(np.int64))
-    num_rows = len(samples)
-    return Rows(
-        sample=samples,
-        box=boxes,
-        flip=np.zeros(num_rows, dtype=np.bool_),
-        partner=np.arange(num_rows, dtype=np.int32),
-        lam=np.ones(num_rows, dtype=np.float32),
-    )
+def _draw_beta(alpha: float, seed: int, step: int) -> float:
+    """One number of Beta(alpha, alpha), alpha <= 1: uniform at 1, below by Jöhnk's rejection (at least half pass)."""
+    for draw in range(_MAX_ATTEMPTS):
+        words = philox_once(seed, step & 0xFFFFFFFF, step >> 32, 0, _MIXUP | draw)
+        u, v = words[0] * 2.0**-32, words[1] * 2.0**-32
+        if alpha == 1:
+            return u
+        x, y = u ** (1 / alpha), v ** (1 / alpha)
+        if 0 < x + y <= 1:
+            return x / (x + y)
+    raise AssertionError(f"{_MAX_ATTEMPTS} draws of Beta({alpha}, {alpha}) in a row were rejected")
 
 
 def draw_boxes(
@@ -159,12 +163,13 @@ def draw_boxes(
     sample: NDArray[np.int64],
     height: NDArray[np.int64],
     width: NDArray[np.int64],
+    stream: Stream = "student",
 ) -> NDArray[np.int32]:
     """Boxes [N, 4] (y, x, h, w) for N pictures of the given sizes in pixels."""
 
     def words(which: NDArray[np.int64] | slice, draw: int) -> NDArray[np.uint64]:
         ids = sample[which]
-        return philox(seed, ids & 0xFFFFFFFF, ids >> 32, epoch[which], _CROP | draw)
+        return philox(seed, ids & 0xFFFFFFFF, ids >> 32, epoch[which], _CROP[stream] | draw)
 
     if law.crop == "ic":
         return _inception_boxes(words, height, width, law.min_area)
@@ -179,11 +184,13 @@ def draw_boxes(
     return _boxes(below(word[0], height - h + 1), below(word[1], width - w + 1), h, w)
 
 
-def draw_flips(law: ViewLaw, seed: int, epoch: NDArray[np.int64], sample: NDArray[np.int64]) -> NDArray[np.bool_]:
+def draw_flips(
+    law: ViewLaw, seed: int, epoch: NDArray[np.int64], sample: NDArray[np.int64], stream: Stream = "student"
+) -> NDArray[np.bool_]:
     """[N] whether each view is mirrored."""
     if not law.flip:
         return np.zeros(len(sample), dtype=np.bool_)
-    word = philox(seed, sample & 0xFFFFFFFF, sample >> 32, epoch, _FLIP)[0]
+    word = philox(seed, sample & 0xFFFFFFFF, sample >> 32, epoch, _FLIP[stream])[0]
     odd: NDArray[np.bool_] = (word & 1) == 1
     return odd
 
