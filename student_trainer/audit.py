@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from data_prep.index import Index
 from protos import teacher_pb2 as pb
-from student_trainer.loader import Batch
-from student_trainer.teacher_client import Fleet, TeacherRefusedError
+from student_trainer.loader import Lesson
+from student_trainer.pictures import Pictures
+from student_trainer.teacher_client import Audit, Fleet, TeacherRefusedError
 from views.render import MAX_PIXEL_DIFFERENCE, RENDER_VERSION, Renderer, Rendering
-from views.view import view_digest
+from views.view import Rows, view_digest
 
 log = logging.getLogger(__name__)
 
@@ -47,60 +50,54 @@ class ViewAudit:
         self._index = index
         self._fleet = fleet
         theirs = teacher_rendering(fleet.description, student)
-        # Rendered anew unless both see the same size: then the very pixels that are trained on are compared.
-        self._renderer = None if theirs == student else Renderer(theirs, 64, device_id, num_threads=1)
+        self._same_size = theirs == student
+        self._renderer = Renderer(theirs, 64, device_id, num_threads=1)
         on_gpu = device_id is not None or fleet.description.rendering.decoder == "gpu"
         self._bound = MAX_PIXEL_DIFFERENCE["cuda" if on_gpu else "cpu"]
 
-    def mismatch(self, batch: Batch) -> int:
-        """Largest difference in grey levels over the audited views of a batch whose answer has arrived.
+    def mismatch(self, lesson: Lesson, audit: Audit, pixels: torch.Tensor | None = None) -> int:
+        """Largest difference in grey levels over the views that the teacher vouched for.
 
         Warns when the difference is beyond the stated bound.
+
+        Args:
+            lesson: what the teacher was asked about.
+            audit: what it vouched for: the first views.
+            pixels: the student's views, where they are at hand; used only if they should be the very same.
         """
-        assert batch.answer is not None
-        audit = batch.answer.audit()
-        assert audit is not None, "only an audited batch has digests to compare"
-        own = self._own_pixels(batch, len(audit.digests))
+        own = self._own_pixels(lesson, len(audit.digests), pixels)
         digests = np.stack([np.frombuffer(view_digest(view), np.uint8) for view in own])
         if np.array_equal(digests, audit.digests):
             return 0
-        worst = self._largest_difference(batch, own)
+        theirs = teacher_pixels(self._fleet, self._index, lesson.asked, own)
+        worst = int(np.abs(own.astype(np.int16) - theirs.astype(np.int16)).max())
         if worst > self._bound:
-            samples = batch.rows.sample[: len(own)].tolist()
             log.warning(
                 "VIEWS DIFFER at step %d by up to %d grey levels (allowed: %d): teacher and student do not see the "
                 "same picture. Samples %s. Compare decoders, data sets and versions on both sides.",
-                batch.step, worst, self._bound, samples,
+                lesson.step, worst, self._bound, lesson.asked.sample[: len(own)].tolist(),
             )  # fmt: skip
         return worst
 
-    def _largest_difference(self, batch: Batch, own: np.ndarray) -> int:
-        theirs = teacher_pixels(self._fleet, self._index, batch, own)
-        return int(np.abs(own.astype(np.int16) - theirs.astype(np.int16)).max())
+    def _own_pixels(self, lesson: Lesson, num_views: int, pixels: torch.Tensor | None) -> NDArray[np.uint8]:
+        if self._same_size and pixels is not None and lesson.asked is lesson.rows:
+            return pixels[:num_views].cpu().numpy()
+        rows = lesson.asked.alone(0, num_views)
+        return Pictures(self._index, rows).render(self._renderer, rows).cpu().numpy()
 
-    def _own_pixels(self, batch: Batch, num_views: int) -> np.ndarray:
-        if self._renderer is None:
-            return batch.pixels[:num_views].cpu().numpy()
-        rows = batch.rows
-        samples, image = np.unique(rows.sample[:num_views], return_inverse=True)
-        pictures = self._index.read(samples)
-        views = self._renderer.render(pictures, image.astype(np.int32), rows.box[:num_views], rows.flip[:num_views])
-        return views.cpu().numpy()
-
-    def sheet(self, batch: Batch, num_views: int) -> np.ndarray:
-        """The first views of a batch as the teacher sees them: uint8 [num_views, size, size, 3], its own pixels."""
-        num_views = min(num_views, len(batch.rows))
-        return teacher_pixels(self._fleet, self._index, batch, self._own_pixels(batch, num_views))
+    def sheet(self, lesson: Lesson, num_views: int) -> NDArray[np.uint8]:
+        """The first views as the teacher sees them: uint8 [num_views, size, size, 3], its own pixels."""
+        num_views = min(num_views, len(lesson.asked))
+        return teacher_pixels(self._fleet, self._index, lesson.asked, self._own_pixels(lesson, num_views, None))
 
 
-def teacher_pixels(fleet: Fleet, index: Index, batch: Batch, own: np.ndarray) -> np.ndarray:
-    """Ask for the first len(own) views of a batch, as the teacher rendered them.
+def teacher_pixels(fleet: Fleet, index: Index, asked: Rows, own: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Ask for the first len(own) views of some rows, as the teacher renders them.
 
     own: uint8 [A, size, size, 3], sent where the teacher renders nothing itself.
     """
-    rows = batch.rows.alone(0, len(own))
     answer = fleet.ask(
-        rows,
+        asked.alone(0, len(own)),
         picture=lambda sample: index.read([sample])[0].tobytes(),
         pixels=own,
         num_audits=len(own),

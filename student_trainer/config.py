@@ -30,8 +30,8 @@ class DataConfig:
     eval_keep: float = 128 / 160
     """cc: share of the short side that the centre keeps. Small sets 128/160, ImageNet 224/256."""
     evaluate_root: Path | None = None
-    """Evaluate on this data set instead: the teacher's, when the pictures of training are of another kind (section 3.8).
-    The labels of the training pictures are then never used."""
+    """Evaluate on this data set instead: the teacher's, when the pictures of training are others (section 3.8). The
+    labels of the training pictures are then never used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class TeacherConfig:
     """One entry a teacher: the addresses of its replicas, host:port or unix:/path, with commas between. Several entries
     are an ensemble (section 3.6). None: start teachers beside this run."""
     model: tuple[str, ...] = ()
-    """Without addresses: the models to start beside this run, one a teacher (.safetensors, .npz, bit:NAME, timm name)."""
+    """Without addresses: models to start beside this run, one a teacher (.safetensors, .npz, bit:NAME, timm name)."""
     ensemble: Literal["logits", "probabilities", "sum_kl"] = "logits"
     """How the answers of several teachers become one target: their logits are averaged (the paper, section 3.6), their
     probabilities, or each has a KL of its own and these are added up (the released code, distill.py)."""
@@ -150,12 +150,14 @@ class Config:
     """Steps between evaluations; there is always one at the end. 0: only at the end."""
     eval_batch: int = 128
     """Pictures of an evaluation batch, per process."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl: a run of two million steps wants more than 1."""
     checkpoint_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
 
     def __post_init__(self) -> None:
         for name in ("optim.batch_size", "optim.epochs", "optim.lr", "teacher.rows_per_request", "teacher.window",
-                     "prefetch", "eval_batch", "checkpoint_every"):  # fmt: skip
+                     "prefetch", "eval_batch", "log_every", "checkpoint_every"):  # fmt: skip
             if get_setting(self, name) <= 0:
                 raise ValueError(f"--{name} is {get_setting(self, name)}; it must be greater than 0")
         if self.device == "cpu" and self.precision == "float16":
@@ -164,11 +166,11 @@ class Config:
 
 # May change when a run goes on: none of them changes a row, a weight or a number of the optimiser.
 FREE_ON_RESUME = frozenset({
-    "run_dir", "data.root", "device", "prefetch", "decode_threads", "evaluate_every", "eval_batch",
-    "checkpoint_every", "teacher.addresses", "teacher.model", "teacher.size", "teacher.transport",
-    "teacher.store", "teacher.store_failure", "teacher.rows_per_request", "teacher.window", "teacher.deadline_s", "teacher.patience_s",
-    "teacher.audit_every", "teacher.audit_views", "data.evaluate", "data.evaluate_root", "data.eval_crop", "data.eval_keep",
-    "student.weights",
+    "run_dir", "data.root", "device", "prefetch", "decode_threads", "evaluate_every", "eval_batch", "log_every",
+    "checkpoint_every", "teacher.addresses", "teacher.model", "teacher.size", "teacher.transport", "teacher.store",
+    "teacher.store_failure", "teacher.rows_per_request", "teacher.window", "teacher.deadline_s",
+    "teacher.patience_s", "teacher.audit_every", "teacher.audit_views", "data.evaluate", "data.evaluate_root",
+    "data.eval_crop", "data.eval_keep", "student.weights",
 })  # fmt: skip
 
 

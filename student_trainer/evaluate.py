@@ -12,7 +12,7 @@ Shape legend: B examples of a batch, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,14 +23,14 @@ from torch.nn import functional
 from data_prep.index import Index
 from models import ModelCard
 from student_trainer.config import Config
-from student_trainer.loader import Source, run_ahead
-from student_trainer.loss import agreement, kl_divergence
-from student_trainer.teacher_client import Fleet
+from student_trainer.loader import Batch, Lesson, Source, run_ahead
+from student_trainer.loss import agreement, kl_divergence, one_teacher
+from student_trainer.teachers import LiveTeacher
 from student_trainer.world import World
-from views.draw import fixed_rows
+from views.draw import ViewLaw
 from views.mix import mix
 from views.render import Renderer
-from views.view import Rows
+from views.setting import FixedViews
 
 _LABELLED = ("student_top1", "student_xent", "teacher_top1")
 _PAIRED = ("agreement_top1", "agreement_top5", "kl")
@@ -102,27 +102,25 @@ class Evaluation:
         config: Config,
         world: World,
         index: Index,
-        fleet: Fleet | None,
         renderer: Renderer,
-        teacher_renderer: Renderer | None,
+        teachers: Sequence[LiveTeacher],
         card: ModelCard,
     ) -> None:
         """Name the parts.
 
         Args:
-            config: split, crop and batch size of the evaluation; precision of the student.
+            config: split, crop and batch size of the evaluation; precision of the student; kind of ensemble.
             world: who shares the work.
             index: the data set.
-            fleet: the teachers, or None.
             renderer: of the student's views; not the one that training uses.
-            teacher_renderer: of the teacher's views, for the pixels transport.
+            teachers: whom the student is compared with; none when it learns from labels.
             card: how the student's input is normalised.
         """
         self._config = config
         self._world = world
         self._index = index
-        self._with_teacher = fleet is not None
-        self._source = Source(index, renderer, fleet, teacher_renderer)
+        self._teachers = teachers
+        self._source = Source(index, renderer, teachers)
         self._card = card
 
     @torch.no_grad()
@@ -133,9 +131,9 @@ class Evaluation:
         """
         device = self._world.device
         self._world.broadcast_(student.buffers())
-        score = Score(device, self._with_teacher)
+        score = Score(device, with_teacher=bool(self._teachers))
         student.eval()
-        for batch in run_ahead(self._source, self._steps(), self._config.prefetch):
+        for batch in run_ahead(self._source, self._lessons(), self._config.prefetch):
             partner = torch.from_numpy(batch.rows.partner).long()
             lam = torch.from_numpy(batch.rows.lam)
             images = mix(batch.pixels.to(device), partner, lam, self._card.mean, self._card.std)
@@ -143,15 +141,21 @@ class Evaluation:
             with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
                 student_logits = student(images).float()
             labels = torch.from_numpy(self._index.label[batch.rows.sample]).long().to(device)
-            answer = None if batch.answer is None else torch.from_numpy(batch.answer.result()).to(device)
-            score.update(student_logits, labels, answer)
+            score.update(student_logits, labels, self._teacher_logits(batch))
         student.train()
         return score.result(self._world)
 
-    def _steps(self) -> Iterator[tuple[int, Rows]]:
+    def _teacher_logits(self, batch: Batch) -> Tensor | None:
+        if not batch.targets:
+            return None
+        answers_MRK = torch.stack([torch.from_numpy(target.result()) for target in batch.targets])
+        return one_teacher(answers_MRK.to(self._world.device), self._config.teacher.ensemble)
+
+    def _lessons(self) -> Iterator[Lesson]:
         config, index = self._config.data, self._index
+        law = ViewLaw(crop=config.eval_crop, flip=False, mixup=False, keep=config.eval_keep)
+        views = FixedViews(law=law)
         own = shard_of(index.splits[config.evaluate], self._world.rank, self._world.size)
         for number, start in enumerate(range(0, len(own), self._config.eval_batch)):
-            part = own[start : start + self._config.eval_batch]
-            rows = fixed_rows(config.eval_crop, part, index.height, index.width, config.eval_keep)
-            yield number, rows
+            rows = views.rows(own[start : start + self._config.eval_batch], index.height, index.width)
+            yield Lesson(number, rows, rows)

@@ -12,103 +12,73 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from data_prep.index import Index
-from student_trainer.teacher_client import Answer, Fleet
-from views.render import BadPictureError, Renderer
+from student_trainer.pictures import Pictures
+from student_trainer.teachers import Target, Teacher
+from views.render import Renderer
 from views.view import Rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """What one process needs for one step. Legend: R rows, V views."""
+class Lesson:
+    """What one step of one process looks at."""
 
     step: int
     rows: Rows
+    """What the student sees."""
+    asked: Rows
+    """What live teachers see: the same samples; the same object where the views are the same."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """What one process needs for one step. Legend: V views."""
+
+    lesson: Lesson
     pixels: torch.Tensor
-    """uint8 [V, size, size, 3], the rendered views."""
-    answer: Answer | None
-    """The teacher's logits, under way; None without a teacher."""
+    """uint8 [V, size, size, 3], the student's views, rendered."""
+    targets: tuple[Target, ...]
+    """Each teacher's logits, under way; none when learning from labels."""
 
-
-class PictureError(RuntimeError):
-    """A picture of the data set cannot be rendered."""
+    @property
+    def rows(self) -> Rows:
+        """What the student sees."""
+        return self.lesson.rows
 
 
 class Source:
-    """Turns rows into batches: where pictures come from, how they are rendered, and who is asked about them."""
+    """Turns lessons into batches: where pictures come from, how they are rendered, and who is asked about them."""
 
-    def __init__(
-        self,
-        index: Index,
-        renderer: Renderer,
-        fleet: Fleet | None,
-        teacher_renderer: Renderer | None = None,
-        num_audits: Callable[[int], int] | None = None,
-    ) -> None:
+    def __init__(self, index: Index, renderer: Renderer, teachers: Sequence[Teacher]) -> None:
         """Name the parts.
 
         Args:
             index: the data set.
             renderer: of the student's views.
-            fleet: the teachers, or None.
-            teacher_renderer: renders at the teacher's size, for the pixels transport.
-            num_audits: how many views of a step the teacher shall vouch for.
+            teachers: who is asked; none when learning from labels.
         """
         self._index = index
         self._renderer = renderer
-        self._fleet = fleet
-        self._teacher_renderer = teacher_renderer
-        self._num_audits = num_audits
+        self._teachers = teachers
 
-    def batch(self, step: int, rows: Rows) -> Batch:
-        """Make one batch, now. The student's renderer is used: one thread at a time.
+    def batch(self, lesson: Lesson) -> Batch:
+        """Make one batch, now. The renderers are used: one thread at a time.
 
         Raises:
-            PictureError: names the sample, its shard and what is wrong.
+            PictureError: names the sample and what is wrong.
         """
-        samples, image = np.unique(rows.sample, return_inverse=True)
-        pictures = self._index.read(samples)
-        try:
-            answer = self._ask(step, rows, samples, pictures, image) if self._fleet else None
-            pixels = self._renderer.render(pictures, image.astype(np.int32), rows.box, rows.flip)
-        except BadPictureError as error:
-            sample = int(rows.sample[error.view])
-            key = self._index.key[sample].decode()
-            raise PictureError(
-                f"step {step}: sample {sample} ({key}) of {self._index.root}: {error}. "
-                "`python -m data_prep.check` re-reads a data set; prepare it anew if it was damaged."
-            ) from error
-        return Batch(step, rows, pixels, answer)
-
-    def _ask(
-        self,
-        step: int,
-        rows: Rows,
-        samples: NDArray[np.int64],
-        pictures: list[NDArray[np.uint8]],
-        image: NDArray[np.int64],
-    ) -> Answer:
-        assert self._fleet is not None
-        num_audits = self._num_audits(step) if self._num_audits else 0
-        if self._fleet.transport == "encoded":
-            place = {int(sample): i for i, sample in enumerate(samples)}
-            return self._fleet.ask(rows, picture=lambda s: pictures[place[s]].tobytes(), num_audits=num_audits)
-        if self._fleet.transport == "pixels":
-            assert self._teacher_renderer is not None
-            views = self._teacher_renderer.render(pictures, image.astype(np.int32), rows.box, rows.flip)
-            return self._fleet.ask(rows, pixels=views.cpu().numpy(), num_audits=num_audits)
-        return self._fleet.ask(rows, num_audits=num_audits)
+        pictures = Pictures(self._index, lesson.rows)
+        targets = tuple(teacher.ask(lesson.step, lesson.asked, pictures) for teacher in self._teachers)
+        return Batch(lesson, pictures.render(self._renderer, lesson.rows), targets)
 
 
-def run_ahead(source: Source, steps: Iterable[tuple[int, Rows]], depth: int) -> Generator[Batch, None, None]:
-    """The batches of the given steps, in order, up to `depth` of them made ahead by a thread.
+def run_ahead(source: Source, lessons: Iterable[Lesson], depth: int) -> Generator[Batch, None, None]:
+    """The batches of the given lessons, in order, up to `depth` of them made ahead by a thread.
 
     An error of the thread is raised here. Closing the generator (or leaving its loop) stops the thread.
     """
@@ -125,10 +95,10 @@ def run_ahead(source: Source, steps: Iterable[tuple[int, Rows]], depth: int) -> 
 
     def work() -> None:
         try:
-            for step, rows in steps:
+            for lesson in lessons:
                 if stopped.is_set():
                     return
-                hand_over(source.batch(step, rows))
+                hand_over(source.batch(lesson))
             hand_over(None)
         except BaseException as error:  # whatever it is, it belongs to the loop
             hand_over(error)

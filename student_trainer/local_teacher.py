@@ -23,22 +23,22 @@ class TeacherDiedError(RuntimeError):
 
 
 @contextlib.contextmanager
-def teacher_beside(config: Config, world: World) -> Iterator[str]:
-    """Start `teacher_server` for config.teacher.model, and yield its address once it serves.
+def teacher_beside(config: Config, world: World, number: int = 0) -> Iterator[str]:
+    """Start `teacher_server` for config.teacher.model[number], and yield its address once it serves.
 
     The server holds our end of a pipe as its standard input: however this process ends, it ends too. Its log is
-    run_dir/teacher.log.
+    run_dir/teacher.log; that of the second of an ensemble run_dir/teacher_1.log, and so on.
 
     Raises:
         TeacherDiedError: it ended, or did not come up; quotes the end of its log.
     """
-    log_file = config.run_dir / "teacher.log"
+    log_file = config.run_dir / (f"teacher_{number}.log" if number else "teacher.log")
     with tempfile.TemporaryDirectory(prefix="funmatch-") as folder, log_file.open("ab") as log:
         address_file = Path(folder) / "address"
         log.seek(0, os.SEEK_END)
         log_start = log.tell()
         server = subprocess.Popen(
-            [*_command(config, world), f"--address-file={address_file}"],
+            [*_command(config, world, number), f"--address-file={address_file}"],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -58,16 +58,20 @@ def teacher_beside(config: Config, world: World) -> Iterator[str]:
                 server.wait()
 
 
-def _command(config: Config, world: World) -> list[str]:
+def _command(config: Config, world: World, number: int) -> list[str]:
     device = world.device.type
+    data = dict.fromkeys([config.data.root, config.data.evaluate_root or config.data.root])
     command = [
         sys.executable, "-m", "teacher_server.main", "--exit-when-stdin-closes", "--address=127.0.0.1:0",
-        f"--model={config.teacher.model}", f"--data={config.data.root}", f"--device={device}",
+        f"--model={config.teacher.model[number]}", "--data", *map(str, data), f"--device={device}",
         f"--interpolation={config.student.interpolation}", "--drain-s=10",
         "--antialias" if config.student.antialias else "--no-antialias",
     ]  # fmt: skip
     if config.teacher.size:
         command += [f"--size={config.teacher.size}"]
+    if config.views.kind == "fix":  # all the views of a picture in one request
+        command += [f"--max-rows={max(1024, config.views.fixed.num_views)}"]
+        command += [f"--max-pending-rows={max(4096, 4 * config.views.fixed.num_views)}"]
     if device == "cpu":  # the ranks have a core each; what is left is the teacher's
         command += [f"--threads={max(1, len(os.sched_getaffinity(0)) - world.size)}"]
     return command

@@ -7,14 +7,19 @@ probabilities of 1e-6, which half precision flushes.
 Rejected: `torch.nn.KLDivLoss()` with its default reduction. It divides by the number of classes too, so
 that the same recipe would train 1000 classes ten times more slowly than 100.
 
-Shape legend: R rows, V views (V >= R), K classes.
+Shape legend: M teachers, R rows, V views (V >= R), K classes.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+Ensemble = Literal["logits", "probabilities", "sum_kl"]
 
 
 def kl_divergence(student_logits_RK: Tensor, teacher_logits_RK: Tensor, temperature: float = 1.0) -> Tensor:
@@ -30,16 +35,41 @@ def kl_divergence(student_logits_RK: Tensor, teacher_logits_RK: Tensor, temperat
     return (log_teacher_RK.exp() * (log_teacher_RK - log_student_RK)).sum(dim=-1)
 
 
-def distillation_loss(student_logits_RK: Tensor, teacher_logits_RK: Tensor, temperature: float) -> Tensor:
+def distillation_loss(
+    student_logits_RK: Tensor, teacher_logits_MRK: Tensor, temperature: float, ensemble: Ensemble = "logits"
+) -> Tensor:
     """T^2 * KL(teacher || student) at temperature T, summed over classes, averaged over rows; scalar float32.
 
     Paper section 2, equation 1, and `distance.py` of the released code, which has the T^2 that the equation
     does not show: it keeps the gradient's size when T changes. There is no term for the labels.
 
+    Several teachers (section 3.6) give one target, or with "sum_kl" each a loss of its own, added up as in the released
+    `distill.py`. That has M times the gradient of "probabilities" at temperature 1, and is no mean of logits.
+
     The mean is over this rank's rows. DDP averages gradients over ranks, and all ranks hold equally many
     rows, so the gradient is that of the mean over the global batch.
     """
-    return temperature**2 * kl_divergence(student_logits_RK, teacher_logits_RK, temperature).mean()
+    if ensemble == "sum_kl":
+        kl_R = torch.stack(
+            [kl_divergence(student_logits_RK, one_RK, temperature) for one_RK in teacher_logits_MRK]
+        ).sum(0)
+    else:
+        kl_R = kl_divergence(student_logits_RK, one_teacher(teacher_logits_MRK, ensemble), temperature)
+    return temperature**2 * kl_R.mean()
+
+
+def one_teacher(teacher_logits_MRK: Tensor, ensemble: Ensemble) -> Tensor:
+    """What an ensemble says as one teacher: float32 logits [R, K].
+
+    "logits": their mean (the paper, section 3.6). "probabilities" and "sum_kl": the log of the mean of the softmaxes at
+    temperature 1, as the released code evaluates its ensemble.
+    """
+    logits_MRK = teacher_logits_MRK.float()
+    if len(logits_MRK) == 1:
+        return logits_MRK[0]
+    if ensemble == "logits":
+        return logits_MRK.mean(dim=0)
+    return functional.log_softmax(logits_MRK, dim=-1).logsumexp(dim=0) - math.log(len(logits_MRK))
 
 
 def mixup_cross_entropy(logits_RK: Tensor, labels_V: Tensor, partner_R: Tensor, lam_R: Tensor) -> Tensor:

@@ -41,16 +41,18 @@ def main() -> None:
     config = parse(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # After the settings are known to be right: these import torch and DALI.
-    from student_trainer.loader import PictureError
+    from student_trainer.logit_store import StoreGoneError
     from student_trainer.local_teacher import TeacherDiedError
+    from student_trainer.pictures import PictureError
     from student_trainer.report import print_table
     from student_trainer.teacher_client import TeacherError
     from student_trainer.train import NonFiniteLossError, train
 
+    expected = ValueError, OSError, TeacherError, TeacherDiedError, StoreGoneError, PictureError, NonFiniteLossError
     with world.join(config.device) as processes:
         try:
             summary = train(config, processes)
-        except (ValueError, OSError, TeacherError, TeacherDiedError, PictureError, NonFiniteLossError) as error:
+        except expected as error:
             logging.getLogger("funmatch").debug("where it happened", exc_info=True)
             sys.exit(f"rank {processes.rank}: {type(error).__name__}: {error}")
         if processes.is_main and not summary.get("stopped"):

@@ -9,39 +9,44 @@ Names: R rows and V views of this process's share of the batch, K classes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from google.protobuf.json_format import MessageToDict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import models
 from data_prep.index import Index
+from protos import teacher_pb2 as pb
 from student_trainer import checkpoint, report
 from student_trainer.audit import ViewAudit, teacher_rendering
 from student_trainer.config import FREE_ON_RESUME, Config, settings
 from student_trainer.contact_sheet import first_batch_sheet
 from student_trainer.evaluate import Evaluation
-from student_trainer.loader import Batch, Source, run_ahead
-from student_trainer.local_teacher import teacher_beside
-from student_trainer.loss import agreement, distillation_loss, entropy, mixup_cross_entropy
+from student_trainer.loader import Batch, Lesson, Source, run_ahead
+from student_trainer.loss import agreement, distillation_loss, entropy, kl_divergence, mixup_cross_entropy, one_teacher
 from student_trainer.metrics import Metrics, read
 from student_trainer.optimizer import clip_gradients, make_optimizer, set_schedule
 from student_trainer.schedule import Schedule, num_steps
-from student_trainer.teacher_client import Fleet
+from student_trainer.teacher_client import Audit, Fleet
+from student_trainer.teachers import FixedTeacher, LiveTeacher, Teacher, fleets, services
 from student_trainer.world import World
 from views.draw import Plan
 from views.mix import mix
 from views.philox import philox_once
 from views.render import Renderer, Rendering
+from views.view import Rows
 
 log = logging.getLogger(__name__)
 
@@ -69,19 +74,23 @@ def train(config: Config, world: World) -> dict[str, Any]:
         # ---- what we train on ------------------------------------------------------------------------------
         models.check_name(config.student.architecture)  # a typing error must not wait for the teacher to load
         index = Index.open(config.data.root)
-        for split in (config.data.train, config.data.evaluate):
-            if split not in index.splits:
-                raise ValueError(f"{config.data.root} has no split {split!r}; it has {list(index.splits)}")
+        elsewhere = config.data.evaluate_root
+        eval_index = Index.open(elsewhere) if elsewhere else index
+        for of, split in ((index, config.data.train), (eval_index, config.data.evaluate)):
+            if split not in of.splits:
+                raise ValueError(f"{of.root} has no split {split!r}; it has {list(of.splits)}")
         if config.optim.batch_size % world.size:
             raise ValueError(f"--optim.batch_size {config.optim.batch_size} is no multiple of {world.size} processes")
         plan = Plan(
-            seed=config.seed, batch_size=config.optim.batch_size, law=config.views,
+            seed=config.seed, batch_size=config.optim.batch_size, law=config.views.student,
             samples=index.splits[config.data.train], height=index.height, width=index.width,
         )  # fmt: skip
+        # ind/: the teacher looks at the same pictures in the same order, through crops and flips of its own.
+        asked_plan = dataclasses.replace(plan, stream="teacher") if config.views.kind == "ind" else plan
         share = config.optim.batch_size // world.size
         first_row, last_row = world.rank * share, (world.rank + 1) * share
         total_steps = num_steps(config.optim.epochs, len(plan.samples), config.optim.batch_size)
-        schedule = Schedule(num_steps=total_steps, warmup_steps=config.optim.warmup_steps)
+        schedule = Schedule(num_steps=total_steps, warmup_steps=config.optim.warmup_steps, decay=config.optim.decay)
         rendering = Rendering(
             size=config.student.size, interpolation=config.student.interpolation, antialias=config.student.antialias
         )
@@ -98,35 +107,61 @@ def train(config: Config, world: World) -> dict[str, Any]:
             return dict(json.loads(summary_file.read_text()))
 
         # ---- who teaches -----------------------------------------------------------------------------------
-        fleet: Fleet | None = None
-        audit: ViewAudit | None = None
-        teacher_renderers: list[Renderer] = []  # for training and evaluation, where we render for the teacher
+        met: tuple[Fleet, ...] = ()
+        eval_met: tuple[Fleet, ...] = ()
+        audits: list[ViewAudit] = []
         if config.targets == "teacher":
-            fleet = cleanup.enter_context(_meet_teachers(config, world, index, cleanup))
-            size = teacher_rendering(fleet.description, rendering)
-            audit = ViewAudit(index, fleet, rendering, device_id)
-            if fleet.transport == "pixels":
-                teacher_renderers = [Renderer(size, share + 1, device_id, config.decode_threads) for _ in range(2)]
-            if index.classes and fleet.description.num_classes != len(index.classes):
+            addresses = cleanup.enter_context(services(config, world))
+            met = eval_met = cleanup.enter_context(fleets(config, addresses, index.digest))
+            if elsewhere:  # pictures of another data set travel in another way, perhaps
+                eval_met = cleanup.enter_context(fleets(config, addresses, eval_index.digest))
+            audits = [ViewAudit(index, fleet, rendering, device_id) for fleet in met]
+            num_classes = met[0].description.num_classes
+            if eval_index.classes and num_classes != len(eval_index.classes):
                 raise ValueError(
-                    f"the teacher has {fleet.description.num_classes} classes, {config.data.root} "
-                    f"{len(index.classes)}: is it a teacher for this data set?"
+                    f"the teacher has {num_classes} classes, {eval_index.root} {len(eval_index.classes)}: is it a "
+                    "teacher for this data set? To learn from pictures of another one, give the teacher's own by "
+                    "--data.evaluate_root"
                 )
-        elif not index.classes or (index.label[plan.samples.start : plan.samples.stop] < 0).any():
-            raise ValueError(f"{config.data.root} has pictures without labels; --targets labels needs them all")
+        else:
+            num_classes = len(index.classes)
+            if elsewhere:
+                raise ValueError("--targets labels evaluates on the data set whose labels it learns: no evaluate_root")
+            if not index.classes or (index.label[plan.samples.start : plan.samples.stop] < 0).any():
+                raise ValueError(f"{config.data.root} has pictures without labels; --targets labels needs them all")
+
+        def live(fleet: Fleet, num_views: int, num_audits: Callable[[int], int] | None = None) -> LiveTeacher:
+            theirs = teacher_rendering(fleet.description, rendering)
+            renders = fleet.transport == "pixels"
+            renderer = Renderer(theirs, num_views, device_id, config.decode_threads) if renders else None
+            return LiveTeacher(fleet, renderer, num_audits)
+
+        asked = [live(fleet, share + 1, _audit_plan(config)) for fleet in met]
+        teachers: list[Teacher] = list(asked)
+        if config.views.kind == "fix":
+            fixed = [
+                FixedTeacher(one, index, config.views.fixed, config.teacher.store, config.teacher.store_failure)
+                for one in asked
+            ]
+            for one, audit in zip(fixed, audits, strict=True):
+                cleanup.callback(one.store.close)
+                if not _fill(one, audit, plan.samples, world, stop_signal):
+                    world.say("stopped by a signal while the store was filled; the same command goes on from here")
+                    return {"steps": first_step, "stopped": True}
+            teachers = list(fixed)
 
         # ---- who learns ------------------------------------------------------------------------------------
         torch.manual_seed(config.seed)
-        num_classes = fleet.description.num_classes if fleet else len(index.classes)
-        student, card = _make_student(config, num_classes, index.name)
+        student, card = _make_student(config, num_classes, eval_index.name)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         student.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
-        optimizer = make_optimizer(student, config.optim.lr, config.optim.weight_decay, config.optim.mu_dtype)
+        optimizer = make_optimizer(student, config.optim)
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "float16")
         autocast_dtype = getattr(torch, config.precision)
 
         # ---- go on from where we were ----------------------------------------------------------------------
-        identity = {"data": index.digest, "teacher": fleet.description.fingerprint if fleet else ""}
+        who = [fleet.description for fleet in met]
+        identity = {"data": index.digest, "teacher": " ".join(one.fingerprint for one in who)}
         if saved is not None:
             checkpoint.refuse_other_settings(saved["identity"], identity)
             student.load_state_dict(saved["student"])
@@ -135,18 +170,18 @@ def train(config: Config, world: World) -> dict[str, Any]:
         network = DistributedDataParallel(student) if world.connected else student
 
         # ---- say what will be done -------------------------------------------------------------------------
-        _introduce(config, world, student, fleet, total_steps, first_step)
+        _introduce(config, world, student, met, total_steps, first_step)
         metrics = None
         if world.is_main:
             (config.run_dir / "config.json").write_text(json.dumps(settings(config), indent=1) + "\n")
+            _write_facts(config, student, who, len(plan.samples), total_steps)
             # Without a checkpoint this is 0: what a run wrote before its first one is written again.
             metrics = cleanup.enter_context(Metrics(config.run_dir, first_step))
         renderer = Renderer(rendering, share + 1, device_id, config.decode_threads)
-        num_audits = _audit_plan(config)
-        source = Source(index, renderer, fleet, teacher_renderers[0] if teacher_renderers else None, num_audits)
+        source = Source(index, renderer, teachers)
         evaluation = Evaluation(
-            config, world, index, fleet, Renderer(rendering, config.eval_batch, device_id, config.decode_threads),
-            teacher_renderers[1] if teacher_renderers else None, card,
+            config, world, eval_index, Renderer(rendering, config.eval_batch, device_id, config.decode_threads),
+            [live(fleet, config.eval_batch) for fleet in eval_met], card,
         )  # fmt: skip
 
         def save(step: int) -> None:
@@ -156,8 +191,11 @@ def train(config: Config, world: World) -> dict[str, Any]:
                     "scaler": scaler.state_dict(), "config": settings(config), "identity": identity,
                 })  # fmt: skip
 
-        steps = ((step, plan.rows(step, first_row, last_row)) for step in range(first_step, total_steps))
-        batches = run_ahead(source, steps, config.prefetch)
+        def lesson(step: int) -> Lesson:
+            rows = plan.rows(step, first_row, last_row)
+            return Lesson(step, rows, rows if asked_plan is plan else asked_plan.rows(step, first_row, last_row))
+
+        batches = run_ahead(source, map(lesson, range(first_step, total_steps)), config.prefetch)
         cleanup.callback(batches.close)
         progress = cleanup.enter_context(
             tqdm(
@@ -177,7 +215,11 @@ def train(config: Config, world: World) -> dict[str, Any]:
             batch = next(batches)
             fetched_time = time.monotonic()
             if step == first_step and world.is_main:
-                _draw_first_batch(config, batch, audit)
+                shown = batch.lesson.asked
+                if config.views.kind == "fix" and audits:  # of many averaged views, the first
+                    one = dataclasses.replace(config.views.fixed, num_views=1)
+                    shown = one.rows(batch.rows.sample[: len(batch.rows)], index.height, index.width)
+                _draw_first_batch(config, batch, shown, audits)
             partner = torch.from_numpy(batch.rows.partner).long().to(world.device)
             lam = torch.from_numpy(batch.rows.lam).to(world.device)
             images_R3SS = mix(batch.pixels.to(world.device), partner, lam, card.mean, card.std)
@@ -185,9 +227,10 @@ def train(config: Config, world: World) -> dict[str, Any]:
 
             # ---- ask the teacher (asked long ago: this waits for what is missing) ---------------------------
             asked_time = time.monotonic()
-            teacher_RK = None
-            if batch.answer is not None:
-                teacher_RK = torch.from_numpy(batch.answer.result()).to(world.device)
+            teacher_MRK = None
+            if batch.targets:
+                answers = [torch.from_numpy(target.result()) for target in batch.targets]
+                teacher_MRK = torch.stack(answers).to(world.device)
             teacher_wait_s = time.monotonic() - asked_time
 
             # ---- step --------------------------------------------------------------------------------------
@@ -195,8 +238,8 @@ def train(config: Config, world: World) -> dict[str, Any]:
             lr = set_schedule(optimizer, schedule(step))
             with torch.autocast(world.device.type, autocast_dtype, enabled=config.precision != "float32"):
                 student_RK = network(images_R3SS).float()
-            if teacher_RK is not None:
-                loss = distillation_loss(student_RK, teacher_RK, config.optim.temperature)
+            if teacher_MRK is not None:
+                loss = distillation_loss(student_RK, teacher_MRK, config.optim.temperature, config.teacher.ensemble)
             else:
                 assert labels is not None
                 labels_V = labels[batch.rows.sample].long().to(world.device)
@@ -206,11 +249,16 @@ def train(config: Config, world: World) -> dict[str, Any]:
             scaler.unscale_(optimizer)
             grad_norm = clip_gradients(student.parameters(), config.optim.clip_norm)
             numbers = {"loss": loss, "student_entropy": entropy(student_RK).mean()}
-            if teacher_RK is not None:
+            if teacher_MRK is not None:
+                teacher_RK = one_teacher(teacher_MRK, config.teacher.ensemble)
                 numbers |= {
+                    "kl": kl_divergence(student_RK, teacher_RK).mean(),
                     "teacher_entropy": entropy(teacher_RK).mean(),
                     "agreement_top1": agreement(student_RK, teacher_RK, k=1).float().mean(),
                 }
+            if config.views.kind == "fix":
+                recomputed = sum(target.recomputed for target in batch.targets)
+                numbers["recomputed_share"] = torch.tensor(recomputed / max(1, len(batch.rows)), device=world.device)
             numbers["stop"] = torch.tensor(float(stop_signal.received), device=world.device)
             values = world.all_mean(torch.stack([value.detach().float() for value in numbers.values()])).tolist()
             line = dict(zip(numbers, values, strict=True))
@@ -234,19 +282,24 @@ def train(config: Config, world: World) -> dict[str, Any]:
                 "lr": lr, "images_per_s": config.optim.batch_size / (now - last_time),
                 "data_wait_s": fetched_time - last_time, "teacher_wait_s": teacher_wait_s,
             }  # fmt: skip
-            if audit is not None and num_audits(step):
-                mismatch = torch.tensor(audit.mismatch(batch), device=world.device)
-                line["view_mismatch"] = world.all_max(mismatch).item()
+            seen = [
+                audit.mismatch(batch.lesson, vouched, batch.pixels)
+                for audit, target in zip(audits, batch.targets, strict=True)
+                if (vouched := target.audit())
+            ]
+            if seen:
+                line["view_mismatch"] = world.all_max(torch.tensor(max(seen), device=world.device)).item()
             last_time = now
             progress.set_postfix(_postfix(line), refresh=False)
             progress.update()
 
             # ---- evaluate ----------------------------------------------------------------------------------
-            if done == total_steps or (config.evaluate_every and done % config.evaluate_every == 0):
+            evaluate = done == total_steps or (config.evaluate_every and done % config.evaluate_every == 0)
+            if evaluate:
                 line |= evaluation.run(student)
                 progress.write(_evaluation_line(done, line)) if world.is_main else None
                 last_time = time.monotonic()
-            if metrics:
+            if metrics and (evaluate or "view_mismatch" in line or step % config.log_every == 0):
                 metrics.write(done, line)
 
             # ---- save --------------------------------------------------------------------------------------
@@ -290,34 +343,44 @@ def summarise(config: Config, total_steps: int) -> dict[str, Any]:
     }
 
 
-def _meet_teachers(config: Config, world: World, index: Index, cleanup: contextlib.ExitStack) -> Fleet:
-    addresses = config.teacher.addresses
-    if not addresses:
-        if not config.teacher.model:
-            raise ValueError(
-                "no teacher: give the addresses of running ones (--teacher HOST:PORT), or a model to start one "
-                "beside this run (--teacher.model NAME_OR_FILE)"
-            )
-        address = ""
-        if world.is_main:
-            world.say(f"starting a teacher beside this run: {config.teacher.model}")
-            address = cleanup.enter_context(teacher_beside(config, world))
-        addresses = (world.broadcast_object(address),)
-    return Fleet(
-        addresses,
-        data_digest=index.digest,
-        transport=None if config.teacher.transport == "auto" else config.teacher.transport,
-        rows_per_request=config.teacher.rows_per_request,
-        window=config.teacher.window,
-        deadline_s=config.teacher.deadline_s,
-        patience_s=config.teacher.patience_s,
+def _fill(teacher: FixedTeacher, audit: ViewAudit, samples: range, world: World, stop: _StopSignal) -> bool:
+    """Compute what the store lacks; whether it came to its end, on all ranks."""
+    worst = 0
+
+    def check(rows: Rows, vouched: Audit) -> None:
+        nonlocal worst
+        worst = max(worst, audit.mismatch(Lesson(0, rows, rows), vouched))
+
+    filled = teacher.fill(samples, world, lambda: stop.received, check)
+    counts = torch.tensor([filled.there_already, filled.computed, int(filled.stopped)], device=world.device)
+    there, computed, stopped = world.all_sum(counts).tolist()
+    mismatch = int(world.all_max(torch.tensor(worst, device=world.device)))
+    damaged = int(world.all_sum(torch.tensor(teacher.store.counts.damaged, device=world.device)))
+    world.say(
+        f"logits of the fixed teacher: {there} pictures were there, {computed} computed, {damaged} of those because "
+        f"what was there was damaged; largest view mismatch {mismatch} (store {teacher.key.digest[:12]})"
     )
+    return stopped == 0
+
+
+def _write_facts(
+    config: Config, student: nn.Module, who: Sequence[pb.Description], num_train: int, total_steps: int
+) -> None:
+    """run.json: what config.json does not say and a report needs."""
+    facts = {
+        "num_train": num_train,
+        "num_classes": getattr(student, "num_classes", None),
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "steps": total_steps,
+        "teacher": [MessageToDict(one, preserving_proto_field_name=True) for one in who],
+    }
+    (config.run_dir / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _make_student(config: Config, num_classes: int, data_set: str) -> tuple[nn.Module, models.ModelCard]:
     """The network and how its input is normalised: as its weights want it, or to -1..1 as the reference does."""
     half = (0.5, 0.5, 0.5)
-    if config.student.weights is not None:
+    if config.student.weights:
         model, card = models.load(config.student.weights, config.student.architecture, num_classes)
         half_or_own = {"mean": card.mean, "std": card.std}
     else:
@@ -338,7 +401,7 @@ def _audit_plan(config: Config) -> Any:
 
 
 def _introduce(
-    config: Config, world: World, student: nn.Module, fleet: Fleet | None, total_steps: int, first_step: int
+    config: Config, world: World, student: nn.Module, met: Sequence[Fleet], total_steps: int, first_step: int
 ) -> None:
     """Before the first step: the resolved config, the parameter table, one line per process."""
     world.say(f"recipe {config.recipe}:\n" + "\n".join(f"  --{k} {v}" for k, v in settings(config).items()))
@@ -346,16 +409,18 @@ def _introduce(
     rows = [f"  {name:24}{count:>14,}" for name, count in [*table, ("total", sum(count for _, count in table))]]
     world.say(f"student {config.student.architecture}, parameters:\n" + "\n".join(rows))
     teacher = "no teacher (labels)"
-    if fleet:
-        who = fleet.description
-        teacher = f"teacher {who.model} {who.precision} {who.rendering.size} px, pictures by {fleet.transport}"
+    if met:
+        teacher = " and ".join(
+            f"teacher {fleet.description.model} {fleet.description.precision} {fleet.description.rendering.size} px, "
+            f"pictures by {fleet.transport}" for fleet in met
+        )  # fmt: skip
     print(f"rank {world.rank} of {world.size}: {world.device}, torch {torch.__version__}, {teacher}", flush=True)
     world.barrier()
     begin = f"going on from step {first_step}" if first_step else "from the beginning"
     world.say(f"{total_steps} steps of {config.optim.batch_size} rows, {begin}; everything goes to {config.run_dir}")
 
 
-def _draw_first_batch(config: Config, batch: Batch, audit: ViewAudit | None) -> None:
+def _draw_first_batch(config: Config, batch: Batch, asked: Rows, audits: Sequence[ViewAudit]) -> None:
     """first_batch.png: the first views as student and teacher saw them, and mixed."""
     num = min(_SHEET_VIEWS, len(batch.rows))
     rows = batch.rows.take(0, num)
@@ -365,7 +430,7 @@ def _draw_first_batch(config: Config, batch: Batch, audit: ViewAudit | None) -> 
         f"{sample} ({y},{x}) {h}x{w}{' flipped' if flip else ''}"
         for sample, (y, x, h, w), flip in zip(rows.sample[:num], rows.box[:num], rows.flip[:num], strict=True)
     ]
-    theirs = audit.sheet(batch, num) if audit else None
+    theirs = audits[0].sheet(Lesson(batch.lesson.step, batch.rows, asked), num) if audits else None
     path = config.run_dir / "first_batch.png"
     first_batch_sheet(path, own[:num].numpy(), theirs, captions, student_mixed=mixed.permute(0, 2, 3, 1).numpy())
 

@@ -9,7 +9,7 @@ import pytest
 import student_trainer.main as door
 from student_trainer.config import FREE_ON_RESUME, settings
 from student_trainer.recipes import RECIPES
-from views.draw import ViewLaw
+from views.setting import ViewSetting
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,14 +24,14 @@ def test_every_recipe_is_a_full_config_under_its_own_name(name):
 
 def test_settings_of_the_command_line_replace_those_of_the_recipe():
     config = door.parse([
-        "--recipe=digits/demo", "--optim.lr", "0.5", "--views.crop=rc", "--views.no-mixup", "--data", "/x",
-        "--teacher", "a:1", "unix:/b", "--student.weights=w.npz",
+        "--recipe=digits/demo", "--optim.lr", "0.5", "--views.setting=ind/rc", "--data", "/x",
+        "--teacher", "a:1,b:1", "unix:/c", "--student.weights=w.npz",
     ])  # fmt: skip
     assert config.optim.lr == 0.5
-    assert config.views == ViewLaw(crop="rc", mixup=False)
+    assert config.views == ViewSetting(setting="ind/rc")
     assert config.data.root == Path("/x")
-    assert config.teacher.addresses == ("a:1", "unix:/b")
-    assert config.student.weights == Path("w.npz")
+    assert config.teacher.addresses == ("a:1,b:1", "unix:/c")
+    assert config.student.weights == "w.npz"
     assert config.optim.batch_size == RECIPES["digits/demo"]().optim.batch_size
 
 
@@ -55,6 +55,8 @@ def test_a_near_miss_is_guessed(typed, meant):
     [
         ("--optim.batch-size=0", "--optim.batch_size is 0; it must be greater than 0"),
         ("--views.min-area=2", "min_area is 2.0"),
+        ("--views.setting=fix/ic", "there is no view setting 'fix/ic'; the paper's are fix/rs, fix/cc"),
+        ("--views.setting=fix/cc+mix", "+mix goes with same/ and ind/"),
         ("--recipe=nope", "no recipe is called 'nope'"),
     ],
 )

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from views.draw import Plan, ViewLaw, draw_boxes, fixed_rows, permute
+from views.draw import Plan, ViewLaw, draw_boxes, permute
 from views.philox import philox, philox_once
+from views.setting import FixedViews
 from views.view import Rows
 
 GOLDEN = Path(__file__).parent / "golden" / "views_v1.json"
@@ -117,8 +118,23 @@ def test_the_mild_crop_reaches_every_offset_and_keeps_four_fifths_of_each_side()
 def test_central_and_whole_views_are_fixed():
     height, width = np.array([100, 37], np.int32), np.array([60, 160], np.int32)
     samples = np.array([0, 1])
-    assert fixed_rows("rs", samples, height, width).box.tolist() == [[0, 0, 100, 60], [0, 0, 37, 160]]
-    assert fixed_rows("cc", samples, height, width).box.tolist() == [[26, 6, 48, 48], [3, 65, 30, 30]]
+
+    def boxes(crop):
+        views = FixedViews(law=ViewLaw(crop=crop, flip=False, mixup=False))
+        return views.rows(samples, height, width).box.tolist()
+
+    assert boxes("rs") == [[0, 0, 100, 60], [0, 0, 37, 160]]
+    assert boxes("cc") == [[26, 6, 48, 48], [3, 65, 30, 30]]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.1])
+def test_lambda_follows_the_larger_half_of_a_beta_distribution(alpha):
+    plan = make_plan(batch_size=1, mixup_alpha=alpha)
+    lam = np.array([plan.rows(step).lam[0] for step in range(4000)])
+    at = np.linspace(0.5, 0.999, 40)  # near 1, float32 has steps
+    expected = 1 - 2 * stats.beta.cdf(1 - at, alpha, alpha)
+    assert np.abs((lam[:, None] <= at).mean(axis=0) - expected).max() < 1.95 / np.sqrt(4000)  # Kolmogorov, p = 0.001
+    assert lam.min() >= 0.5 and lam.max() <= 1
 
 
 def test_rows_are_a_pure_function_of_seed_and_step():

@@ -66,7 +66,7 @@ def command(data: Path, run_dir: Path, *addresses: str, ranks: int = 2) -> list[
         "--optim.batch-size=32", f"--optim.epochs={STEPS * 32 / 18}", "--optim.warmup-steps=5", "--device=cpu",
         "--teacher.rows-per-request=8", "--teacher.audit-every=5", f"--checkpoint-every={CHECKPOINT_EVERY}",
         "--evaluate-every=0", "--decode-threads=1", "--teacher.deadline-s=20", "--teacher.patience-s=90",
-        *(["--teacher.addresses", *addresses] if addresses else []),
+        *(["--teacher.addresses", ",".join(addresses)] if addresses else []),
     ]  # fmt: skip
 
 
