@@ -119,8 +119,10 @@ class Evaluation:
         self._config = config
         self._world = world
         self._index = index
-        self._teachers = teachers
+        self._with_teacher = bool(teachers)
         self._source = Source(index, renderer, teachers)
+        self._without = Source(index, renderer, [])
+        self._kept: list[Tensor] = []
         self._card = card
 
     @torch.no_grad()
@@ -131,9 +133,9 @@ class Evaluation:
         """
         device = self._world.device
         self._world.broadcast_(student.buffers())
-        score = Score(device, with_teacher=bool(self._teachers))
+        score = Score(device, self._with_teacher)
         student.eval()
-        for batch in run_ahead(self._source, self._lessons(), self._config.prefetch):
+        for batch in run_ahead(self._without if self._kept else self._source, self._lessons(), self._config.prefetch):
             partner = torch.from_numpy(batch.rows.partner).long()
             lam = torch.from_numpy(batch.rows.lam)
             images = mix(batch.pixels.to(device), partner, lam, self._card.mean, self._card.std)
@@ -141,15 +143,16 @@ class Evaluation:
             with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
                 student_logits = student(images).float()
             labels = torch.from_numpy(self._index.label[batch.rows.sample]).long().to(device)
-            score.update(student_logits, labels, self._teacher_logits(batch))
+            score.update(student_logits, labels, self._teacher_logits(batch) if self._with_teacher else None)
         student.train()
         return score.result(self._world)
 
-    def _teacher_logits(self, batch: Batch) -> Tensor | None:
-        if not batch.targets:
-            return None
-        answers_MRK = torch.stack([torch.from_numpy(target.result()) for target in batch.targets])
-        return one_teacher(answers_MRK.to(self._world.device), self._config.teacher.ensemble)
+    def _teacher_logits(self, batch: Batch) -> Tensor:
+        """A frozen teacher says the same of a fixed view always: it is asked once in a run, and what it said is kept."""
+        if batch.targets:
+            answers_MRK = torch.stack([torch.from_numpy(target.result()) for target in batch.targets])
+            self._kept.append(one_teacher(answers_MRK, self._config.teacher.ensemble))
+        return self._kept[batch.lesson.step].to(self._world.device)
 
     def _lessons(self) -> Iterator[Lesson]:
         config, index = self._config.data, self._index

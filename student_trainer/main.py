@@ -41,8 +41,8 @@ def main() -> None:
     config = parse(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # After the settings are known to be right: these import torch and DALI.
-    from student_trainer.logit_store import StoreGoneError
     from student_trainer.local_teacher import TeacherDiedError
+    from student_trainer.logit_store import StoreGoneError
     from student_trainer.pictures import PictureError
     from student_trainer.report import print_table
     from student_trainer.teacher_client import TeacherError

@@ -78,6 +78,9 @@ class Part:
 class Answer:
     """The logits of one batch, perhaps still under way."""
 
+    recomputed = 0
+    """Rows that a store should have had (teachers.py): a live answer has none."""
+
     def __init__(self, fleet: Fleet, num_rows: int, num_parts: int) -> None:
         self._fleet = fleet
         self._logits = np.empty((num_rows, fleet.description.num_classes), dtype=np.float32)
@@ -85,6 +88,7 @@ class Answer:
         self._missing = num_parts
         self._error: TeacherError | None = None
         self._changed = threading.Condition()
+        self._asked = time.monotonic()
 
     def result(self) -> NDArray[np.float32]:
         """Wait for the logits [R, num_classes].
@@ -97,7 +101,7 @@ class Answer:
             while self._missing and self._error is None:
                 self._changed.wait(timeout=1.0)
                 if self._missing and self._error is None:
-                    self._fleet.check_patience()
+                    self._fleet.check_patience(self._asked)
             if self._error is not None:
                 raise self._error
             return self._logits
@@ -155,6 +159,7 @@ class Fleet:
         self._queue: queue.PriorityQueue[Part] = queue.PriorityQueue()
         self._numbers = itertools.count()
         self._deadline_s = deadline_s
+        self._window = window
         self._patience_s = patience_s
         self._last_answer = time.monotonic()
         self._last_words = dict.fromkeys(addresses, "not asked yet")
@@ -222,9 +227,19 @@ class Fleet:
         request.fingerprint = self.description.fingerprint
         return request
 
-    def check_patience(self) -> None:
-        """Raise TeachersGoneError when nobody has answered for too long."""
-        silent_s = time.monotonic() - self._last_answer
+    @property
+    def num_slots(self) -> int:
+        """Requests that can be in flight at once, over all replicas: more only wait here."""
+        return len(self._replicas) * self._window
+
+    @property
+    def rows_per_request(self) -> int:
+        """Largest part of a batch, in rows."""
+        return self._rows_per_request
+
+    def check_patience(self, asked: float = 0.0) -> None:
+        """Raise TeachersGoneError when nobody has answered for too long; `asked`: when there was something to answer."""
+        silent_s = time.monotonic() - max(self._last_answer, asked)
         if silent_s > self._patience_s:
             raise TeachersGoneError(
                 f"no teacher has answered for {silent_s:.0f} s (--teacher.patience_s). Last words:\n"

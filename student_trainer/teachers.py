@@ -53,9 +53,8 @@ class Target(Protocol):
     def audit(self) -> Audit | None:
         """What the teacher vouched for, where it was asked to."""
 
-    @property
-    def recomputed(self) -> int:
-        """Rows for which a fixed teacher had to be asked again."""
+    recomputed: int
+    """Rows for which a fixed teacher had to be asked again."""
 
 
 class Teacher(Protocol):

@@ -217,8 +217,8 @@ def train(config: Config, world: World) -> dict[str, Any]:
             if step == first_step and world.is_main:
                 shown = batch.lesson.asked
                 if config.views.kind == "fix" and audits:  # of many averaged views, the first
-                    one = dataclasses.replace(config.views.fixed, num_views=1)
-                    shown = one.rows(batch.rows.sample[: len(batch.rows)], index.height, index.width)
+                    first_view = dataclasses.replace(config.views.fixed, num_views=1)
+                    shown = first_view.rows(batch.rows.sample[: len(batch.rows)], index.height, index.width)
                 _draw_first_batch(config, batch, shown, audits)
             partner = torch.from_numpy(batch.rows.partner).long().to(world.device)
             lam = torch.from_numpy(batch.rows.lam).to(world.device)
