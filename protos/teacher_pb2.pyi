@@ -7,6 +7,15 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Average(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    AVERAGE_UNSPECIFIED: _ClassVar[Average]
+    LOGITS: _ClassVar[Average]
+    PROBABILITIES: _ClassVar[Average]
+AVERAGE_UNSPECIFIED: Average
+LOGITS: Average
+PROBABILITIES: Average
+
 class Array(_message.Message):
     __slots__ = ("dtype", "shape", "data")
     class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
@@ -110,7 +119,7 @@ class Views(_message.Message):
     def __init__(self, image: _Optional[_Union[Array, _Mapping]] = ..., box: _Optional[_Union[Array, _Mapping]] = ..., flip: _Optional[_Union[Array, _Mapping]] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
-    __slots__ = ("request_id", "fingerprint", "references", "encoded", "pixels", "views", "partner", "lam", "audit", "audit_pixels")
+    __slots__ = ("request_id", "fingerprint", "references", "encoded", "pixels", "views", "partner", "lam", "mean_of", "average", "audit", "audit_pixels")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +128,8 @@ class PredictRequest(_message.Message):
     VIEWS_FIELD_NUMBER: _ClassVar[int]
     PARTNER_FIELD_NUMBER: _ClassVar[int]
     LAM_FIELD_NUMBER: _ClassVar[int]
+    MEAN_OF_FIELD_NUMBER: _ClassVar[int]
+    AVERAGE_FIELD_NUMBER: _ClassVar[int]
     AUDIT_FIELD_NUMBER: _ClassVar[int]
     AUDIT_PIXELS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
@@ -129,9 +140,11 @@ class PredictRequest(_message.Message):
     views: Views
     partner: Array
     lam: Array
+    mean_of: int
+    average: Average
     audit: Array
     audit_pixels: bool
-    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., references: _Optional[_Union[References, _Mapping]] = ..., encoded: _Optional[_Union[EncodedImages, _Mapping]] = ..., pixels: _Optional[_Union[Array, _Mapping]] = ..., views: _Optional[_Union[Views, _Mapping]] = ..., partner: _Optional[_Union[Array, _Mapping]] = ..., lam: _Optional[_Union[Array, _Mapping]] = ..., audit: _Optional[_Union[Array, _Mapping]] = ..., audit_pixels: _Optional[bool] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., references: _Optional[_Union[References, _Mapping]] = ..., encoded: _Optional[_Union[EncodedImages, _Mapping]] = ..., pixels: _Optional[_Union[Array, _Mapping]] = ..., views: _Optional[_Union[Views, _Mapping]] = ..., partner: _Optional[_Union[Array, _Mapping]] = ..., lam: _Optional[_Union[Array, _Mapping]] = ..., mean_of: _Optional[int] = ..., average: _Optional[_Union[Average, str]] = ..., audit: _Optional[_Union[Array, _Mapping]] = ..., audit_pixels: _Optional[bool] = ...) -> None: ...
 
 class PredictReply(_message.Message):
     __slots__ = ("request_id", "fingerprint", "logits", "audit_digest", "audit_pixels")

@@ -34,8 +34,9 @@ from numpy.typing import NDArray
 from protos import teacher_pb2 as pb
 from protos.arrays import from_message, to_message
 from student_trainer.replica import Replica
+from views.setting import Average
 from views.view import Rows
-from views.wire import Transport, ask_by_reference, ask_encoded, ask_pixels
+from views.wire import Transport, ask_by_reference, ask_encoded, ask_for_mean, ask_pixels
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,8 @@ class Part:
     number: int
     request: pb.PredictRequest = field(compare=False)
     answer: Answer = field(compare=False)
-    start: int = field(compare=False)
-    num_rows: int = field(compare=False)
+    start: int = field(compare=False)  # of its answers among the batch's
+    num_answers: int = field(compare=False)
     num_audits: int = field(compare=False)
     failures: int = field(compare=False, default=0)
 
@@ -81,9 +82,9 @@ class Answer:
     recomputed = 0
     """Rows that a store should have had (teachers.py): a live answer has none."""
 
-    def __init__(self, fleet: Fleet, num_rows: int, num_parts: int) -> None:
+    def __init__(self, fleet: Fleet, num_answers: int, num_parts: int) -> None:
         self._fleet = fleet
-        self._logits = np.empty((num_rows, fleet.description.num_classes), dtype=np.float32)
+        self._logits = np.empty((num_answers, fleet.description.num_classes), dtype=np.float32)
         self._audit: Audit | None = None
         self._missing = num_parts
         self._error: TeacherError | None = None
@@ -91,7 +92,7 @@ class Answer:
         self._asked = time.monotonic()
 
     def result(self) -> NDArray[np.float32]:
-        """Wait for the logits [R, num_classes].
+        """Wait for the logits [R, num_classes], or [R / mean_of, num_classes] where rows are averaged.
 
         Raises:
             TeacherRefusedError: at once, when a teacher refused the request.
@@ -184,6 +185,8 @@ class Fleet:
         pixels: NDArray[np.uint8] | None = None,
         num_audits: int = 0,
         audit_pixels: bool = False,
+        mean_of: int = 1,
+        average: Average = "probabilities",
     ) -> Answer:
         """Send a batch on its way.
 
@@ -193,17 +196,31 @@ class Fleet:
             pixels: uint8 [V, size, size, 3], the views rendered at the teacher's size, for the pixels transport.
             num_audits: so many of the first views the teacher shall vouch for.
             audit_pixels: with their pixels.
+            mean_of: the teacher averages so many consecutive rows into one answer; they travel together.
+            average: what it averages.
+
+        Raises:
+            TeacherRefusedError: the teacher takes fewer rows a request than are to be averaged.
         """
-        starts = range(0, len(rows), self._rows_per_request)
-        answer = Answer(self, len(rows), len(starts))
+        if mean_of > self.description.max_rows:
+            raise TeacherRefusedError(
+                f"averages over {mean_of} views need requests of as many rows; this teacher takes "
+                f"{self.description.max_rows}: start it with --max-rows {mean_of} or more"
+            )
+        at_once = max(1, self._rows_per_request // mean_of) * mean_of
+        starts = range(0, len(rows), at_once)
+        answer = Answer(self, len(rows) // mean_of, len(starts))
         for start in starts:
-            stop = min(start + self._rows_per_request, len(rows))
+            stop = min(start + at_once, len(rows))
             request = self._request(rows, start, stop, picture, pixels)
+            if mean_of > 1:
+                ask_for_mean(request, mean_of, average)
             audits = min(num_audits, stop - start) if start == 0 else 0
             if audits:
                 request.audit.CopyFrom(to_message(np.arange(audits, dtype=np.int32)))
                 request.audit_pixels = audit_pixels
-            self._queue.put(Part(next(self._numbers), request, answer, start, stop - start, audits))
+            part = slice(start // mean_of, stop // mean_of)
+            self._queue.put(Part(next(self._numbers), request, answer, part.start, part.stop - part.start, audits))
         return answer
 
     def _request(
@@ -238,7 +255,10 @@ class Fleet:
         return self._rows_per_request
 
     def check_patience(self, asked: float = 0.0) -> None:
-        """Raise TeachersGoneError when nobody has answered for too long; `asked`: when there was something to answer."""
+        """Raise TeachersGoneError when nobody has answered for too long.
+
+        asked: time.monotonic() of the question, before which there may have been nothing to answer.
+        """
         silent_s = time.monotonic() - max(self._last_answer, asked)
         if silent_s > self._patience_s:
             raise TeachersGoneError(
@@ -322,7 +342,7 @@ class Fleet:
         if reply.fingerprint != sent.fingerprint:
             raise ValueError(f"answered with fingerprint {reply.fingerprint}, asked {sent.fingerprint}")
         dtype = np.float16 if reply.logits.dtype == pb.Array.FLOAT16 else np.float32
-        logits = from_message(reply.logits, "logits", dtype, (part.num_rows, num_classes))
+        logits = from_message(reply.logits, "logits", dtype, (part.num_answers, num_classes))
         audit = None
         if part.num_audits:
             digests = from_message(reply.audit_digest, "audit_digest", np.uint8, (part.num_audits, 16))

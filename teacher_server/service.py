@@ -10,6 +10,7 @@ Describe always find one: a teacher that is busy must not look dead.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from teacher_server.batcher import Batcher, ClosedError, ModelError, OverloadedE
 from teacher_server.gate import wire_dtype
 from teacher_server.model import Scene
 from teacher_server.pictures import BadRequestError, NotHereError, Pictures, UnknownSampleError
+from views.setting import Average
 from views.view import view_digest
 from views.wire import Question, read_question
 
@@ -149,7 +151,8 @@ def _predict(desk: Desk, request: pb.PredictRequest, context: grpc.ServicerConte
         pixels = desk.pictures.views(question, request.references.digest)
         partner = torch.from_numpy(question.partner.astype(np.int64))
         ticket.submit(Scene(pixels, partner, torch.from_numpy(question.lam.copy())))
-        logits = ticket.result().astype(wire_dtype(description.precision), copy=False)
+        answers = averaged(ticket.result(), question.mean_of, question.average)
+        logits = answers.astype(wire_dtype(description.precision), copy=False)
     _check_finite(logits, question)
     reply = pb.PredictReply(
         request_id=request.request_id, fingerprint=description.fingerprint, logits=to_message(logits)
@@ -157,6 +160,21 @@ def _predict(desk: Desk, request: pb.PredictRequest, context: grpc.ServicerConte
     if len(question.audit):
         _vouch(reply, pixels, question, with_pixels=request.audit_pixels)
     return reply
+
+
+def averaged(logits: NDArray[np.float32], mean_of: int, average: Average) -> NDArray[np.float32]:
+    """The mean of each mean_of consecutive rows [R, K], in float32: [R / mean_of, K].
+
+    Of probabilities, as their logarithm: log(mean(softmax)), computed without leaving the log domain.
+    """
+    if mean_of == 1:
+        return logits
+    grouped_GNK = torch.from_numpy(logits).reshape(-1, mean_of, logits.shape[1])
+    if average == "logits":
+        mean_GK = grouped_GNK.mean(dim=1)
+    else:
+        mean_GK = grouped_GNK.log_softmax(dim=2).logsumexp(dim=1) - math.log(mean_of)
+    return mean_GK.numpy()
 
 
 def _checked(request: pb.PredictRequest, description: pb.Description) -> Question:
@@ -188,7 +206,7 @@ def _checked(request: pb.PredictRequest, description: pb.Description) -> Questio
 def _check_finite(logits: NDArray[Any], question: Question) -> None:
     finite = np.isfinite(logits).all(axis=1)
     if not finite.all():
-        row = int(np.argmin(finite))
+        row = int(np.argmin(finite)) * question.mean_of
         raise Refusal(
             grpc.StatusCode.INTERNAL,
             f"{question.name(row)}: the logits are not finite in {logits.dtype}; serve with --precision float32",

@@ -189,3 +189,49 @@ def test_gpu_views_differ_from_cpu_views_within_the_stated_bound():
     cpu = Renderer(Rendering(size=96), 4, None, 2).render(*args).int()
     gpu = Renderer(Rendering(size=96), 4, 0, 2).render(*args).cpu().int()
     assert (cpu - gpu).abs().max() <= MAX_PIXEL_DIFFERENCE["cuda"]
+
+
+def many_boxes(num: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random boxes of all the pictures, many of each."""
+    rng = np.random.default_rng(seed)
+    sizes = np.array([decode(one).shape[:2] for one in PICTURES])
+    image = rng.integers(0, len(PICTURES), num).astype(np.int32)
+    h, w = rng.integers(1, sizes[image, 0] + 1), rng.integers(1, sizes[image, 1] + 1)
+    y, x = rng.integers(0, sizes[image, 0] - h + 1), rng.integers(0, sizes[image, 1] - w + 1)
+    return image, np.stack([y, x, h, w], axis=1).astype(np.int32), rng.random(num) < 0.5
+
+
+def test_a_picture_decoded_once_for_many_views_gives_the_pixels_of_each_box_decoded_alone():
+    image, box, flip = many_boxes(400, 1)
+    renderer = Renderer(Rendering(size=32), 64, None, 2)
+    together = renderer.render(PICTURES, image, box, flip)
+    for start in range(0, 400, 5):  # five views of five pictures, each its own file, share nothing
+        five = slice(start, start + 5)
+        alone = renderer.render([PICTURES[i] for i in image[five]], np.arange(5, dtype=np.int32), box[five], flip[five])
+        assert torch.equal(together[five], alone)
+
+
+def test_many_views_of_one_picture_decode_it_once(monkeypatch):
+    decoded = []
+    keep = Renderer._array
+    monkeypatch.setattr(Renderer, "_array", lambda self, output: decoded.append(1) or keep(self, output))
+    image, box, flip = many_boxes(1000, 2)
+    order = np.argsort(image, kind="stable")
+    Renderer(Rendering(size=16), 128, None, 2).render(PICTURES, image[order], box[order], flip[order])
+    assert len(decoded) == len(PICTURES)
+
+
+def test_a_bad_box_or_picture_among_many_views_is_named_and_the_renderer_lives_on():
+    image, box, flip = many_boxes(200, 3)
+    renderer = Renderer(Rendering(size=16), 64, None, 2)
+    good = renderer.render(PICTURES, image, box, flip)
+    outside = box.copy()
+    outside[77] = (0, 0, 500, 500)
+    with pytest.raises(BadPictureError, match="leaves the picture") as raised:
+        renderer.render(PICTURES, image, outside, flip)
+    assert raised.value.view == 77
+    noise = [*PICTURES[:4], np.frombuffer(b"no picture at all", np.uint8)]
+    with pytest.raises(BadPictureError, match="does not decode") as raised:
+        renderer.render(noise, image, box, flip)
+    assert raised.value.view == int(np.argmax(image == 4))
+    assert torch.equal(renderer.render(PICTURES, image, box, flip), good)

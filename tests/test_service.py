@@ -30,9 +30,11 @@ from teacher_server import pictures, service
 from teacher_server.config import Config
 from teacher_server.gate import GateError
 from teacher_server.server import MAX_MESSAGE_BYTES, Server, create_server
+from views.draw import ViewLaw
 from views.render import Renderer
+from views.setting import FixedViews
 from views.view import Rows, view_digest
-from views.wire import ask_by_reference, ask_encoded, ask_pixels
+from views.wire import ask_by_reference, ask_encoded, ask_for_mean, ask_pixels
 
 SIZE = 32
 TIMEOUT_S = 60
@@ -748,3 +750,59 @@ def test_a_network_beyond_the_gates_bounds_is_not_served(config):
         server.load()
     assert not server.serving
     server.drain()
+
+
+def crops(num_views: int) -> FixedViews:
+    return FixedViews(law=ViewLaw(crop="ic", flip=True, mixup=False), num_views=num_views)
+
+
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+@pytest.mark.parametrize("ask", ["reference", "encoded"])
+def test_many_views_of_a_picture_are_averaged_as_a_slow_computation_averages_them(
+    client, index, tiny_model, average, ask
+):
+    rows = crops(20).rows(np.array([3, 11]), index.height, index.width)
+    request = ask_by_reference(rows, index.digest) if ask == "reference" else ask_encoded(rows, files(index, rows))
+    if ask == "encoded":
+        assert len(request.encoded.image) == 2, "each picture travels once"
+    ask_for_mean(request, 20, average)
+    every = by_hand(index, rows, tiny_model).astype(np.float64).reshape(2, 20, 6)
+    p = np.exp(every) / np.exp(every).sum(-1, keepdims=True)
+    expected = every.mean(axis=1) if average == "logits" else np.log(p.mean(axis=1))
+    np.testing.assert_allclose(client.logits(request), expected, atol=2e-2)
+
+
+def test_an_average_equals_that_of_its_rows_asked_one_by_one(client, index):
+    rows = crops(10).rows(np.array([5, 6]), index.height, index.width)
+    request = ask_by_reference(rows, index.digest)
+    every = client.logits(request).astype(np.float64).reshape(2, 10, 6)
+    ask_for_mean(request, 10, "logits")
+    np.testing.assert_allclose(client.logits(request), every.mean(axis=1), atol=1e-6)
+    ask_for_mean(request, 10, "probabilities")
+    p = np.exp(every) / np.exp(every).sum(-1, keepdims=True)
+    np.testing.assert_allclose(client.logits(request), np.log(p.mean(axis=1)), atol=1e-6)
+
+
+def test_the_mean_of_probabilities_stays_finite_where_the_teacher_is_certain():
+    certain = np.array([[400.0, -400.0, 0.0], [380.0, -420.0, 0.0]], np.float32)
+    mean = service.averaged(certain, 2, "probabilities")
+    assert np.isfinite(mean).all()
+    np.testing.assert_allclose(mean[0, 1], -800 + np.log(1.0), rtol=1e-5)
+
+
+def test_rows_that_cannot_be_averaged_are_refused(client, index):
+    rows = crops(10).rows(np.array([5, 6]), index.height, index.width)
+    request = ask_by_reference(rows, index.digest)
+    request.mean_of = 10
+    refused(client, request, "mean_of needs average")
+    ask_for_mean(request, 7, "logits")
+    refused(client, request, "20 rows cannot be averaged 7 at a time")
+    mixed = ask_by_reference(draw(index, 20), index.digest)
+    ask_for_mean(mixed, 10, "logits")
+    refused(client, mixed, "row 0: a row that is averaged is not mixed")
+
+
+def refused(client: Client, request: pb.PredictRequest, sentence: str) -> None:
+    with pytest.raises(grpc.RpcError, match=re.escape(sentence)) as error:
+        client.predict(request)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -16,6 +16,7 @@ from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import to_message
 from student_trainer.teacher_client import Fleet, TeacherRefusedError, TeachersGoneError
 from views.draw import Plan, ViewLaw
+from views.setting import FixedViews
 from views.view import Rows
 from views.wire import read_question
 
@@ -69,7 +70,9 @@ class ScriptedTeacher(pb_grpc.TeacherServicer):
             lam=question.lam,
         )  # fmt: skip
         reply = pb.PredictReply(
-            request_id=request.request_id, fingerprint=self.fingerprint, logits=to_message(expected_logits(rows))
+            request_id=request.request_id,
+            fingerprint=self.fingerprint,
+            logits=to_message(averaged(expected_logits(rows), question.mean_of)),
         )
         if len(question.audit):
             reply.audit_digest.CopyFrom(to_message(np.full((len(question.audit), 16), 7, np.uint8)))
@@ -78,6 +81,10 @@ class ScriptedTeacher(pb_grpc.TeacherServicer):
         if self.spoil:
             self.spoil(reply)
         return reply
+
+
+def averaged(logits: np.ndarray, mean_of: int) -> np.ndarray:
+    return logits.reshape(-1, mean_of, logits.shape[1]).mean(axis=1)
 
 
 @contextmanager
@@ -258,3 +265,28 @@ def test_a_dead_teacher_among_the_addresses_only_costs_a_warning(caplog):
         while not any("127.0.0.1:1" in record.getMessage() for record in caplog.records):
             assert time.monotonic() < deadline, "nobody said that a teacher is dead"
             time.sleep(0.02)
+
+
+@pytest.mark.parametrize("rows_per_request", [1, 5, 12, 1000])
+def test_rows_to_be_averaged_travel_together_however_the_batch_is_cut(rows_per_request):
+    sizes = np.full(500, 90, np.int32)
+    views = FixedViews(law=ViewLaw(crop="ic", mixup=False), num_views=5)
+    rows = views.rows(np.arange(7), sizes, sizes)
+    with serving(ScriptedTeacher()) as address, fleet(address, rows_per_request=rows_per_request) as teachers:
+        answer = teachers.ask(rows, mean_of=5, average="logits").result()
+    np.testing.assert_array_equal(answer, averaged(expected_logits(rows), 5))
+
+
+def test_more_views_than_a_teacher_takes_in_a_request_are_refused_with_the_cure():
+    sizes = np.full(500, 90, np.int32)
+    rows = FixedViews(law=ViewLaw(crop="ic", mixup=False), num_views=3000).rows(np.arange(1), sizes, sizes)
+    with serving(ScriptedTeacher()) as address, fleet(address) as teachers:
+        with pytest.raises(TeacherRefusedError, match="--max-rows 3000 or more"):
+            teachers.ask(rows, mean_of=3000)
+
+
+def test_patience_counts_from_the_question_and_not_from_the_last_answer():
+    """A run of fixed targets asks nothing for hours; then a slow answer is no reason to give up."""
+    with serving(ScriptedTeacher(delay_s=2.5)) as address, fleet(address, patience_s=4) as teachers:
+        teachers._last_answer -= 3600
+        assert len(teachers.ask(batch(num_rows=5)).result()) == 5

@@ -14,7 +14,7 @@ on the whole picture (its border taps see pixels outside the crop).
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,9 @@ _INTERPOLATIONS = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 # Truncation, as in the reference (big_vision pp/ops_image.py casts without rounding). DALI weights sum to 1 only up to
 # float32 rounding, so a flat region of 200 may come out as 199.99999: the margin keeps it 200.
 _TRUNCATION_MARGIN = 2.0**-10
+
+
+_Graph = Callable[["Rendering", bool], Any]
 
 
 class BadPictureError(ValueError):
@@ -83,7 +86,8 @@ class Renderer:
         self._max_views = max_views
         self._device_id = device_id
         self._num_threads = num_threads
-        self._graph = self._build()
+        self._graphs: dict[_Graph, Any] = {}
+        self._graph(_box_of_file)
 
     def render(
         self,
@@ -94,12 +98,16 @@ class Renderer:
     ) -> torch.Tensor:
         """Render V views of the encoded pictures: uint8 [V, size, size, 3] on the renderer's device.
 
-        View v shows box[v] of pictures[image[v]], mirrored if flip[v].
+        View v shows box[v] of pictures[image[v]], mirrored if flip[v]. Where pictures are shown twice or more on
+        average, each is decoded once, whole, and its boxes are cut from that; otherwise each box is decoded by itself,
+        which for a JPEG costs less than the whole. On the CPU the pixels are the same.
 
         Raises:
             BadPictureError: a picture does not decode or a box leaves it; says which view. The renderer lives on.
         """
-        parts = []
+        shared = len(image) >= 2 * len(np.unique(image))
+        parts: list[torch.Tensor] = []
+        decoded: dict[int, Any] = {}
         for start in range(0, len(image), self._max_views):
             part = slice(start, start + self._max_views)
             shown = [pictures[i] for i in image[part]]
@@ -107,40 +115,79 @@ class Renderer:
                 # A decoder that needs only the top of a picture does not notice that its end is missing.
                 if _is_jpeg_without_end(picture):
                     self._raise_bad_picture(shown[view : view + 1], box[part][view : view + 1], start + view)
-            parts.append(self._render_part(shown, box[part], flip[part], start))
+            try:
+                if shared:
+                    # Views of one picture mostly follow each other: what the last part decoded is kept for this one.
+                    decoded = self._decoded(pictures, image[part], decoded)
+                    parts.append(self._cut_and_resize([decoded[i] for i in image[part]], box[part], flip[part]))
+                else:
+                    parts.append(self._decode_and_resize(shown, box[part], flip[part]))
+            except RuntimeError as error:
+                self._graphs.clear()  # a graph that failed is no longer valid
+                self._raise_bad_picture(shown, box[part], start)
+                raise RuntimeError(f"rendering failed, though every picture decodes: {error}") from error
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _render_part(
-        self, pictures: list[NDArray[np.uint8]], box: NDArray[np.int32], flip: NDArray[np.bool_], start: int
+    def _decode_and_resize(
+        self, pictures: list[NDArray[np.uint8]], box: NDArray[np.int32], flip: NDArray[np.bool_]
     ) -> torch.Tensor:
-        feed: Any = self._graph.feed_input
-        feed("picture", pictures)
-        feed("start", np.ascontiguousarray(box[:, :2]))
-        feed("shape", np.ascontiguousarray(box[:, 2:]))
-        feed("flip", flip.astype(np.int32))
-        try:
-            views = self._graph.run()[0].as_tensor()
-        except RuntimeError as error:
-            self._graph = self._build()  # a graph that failed is no longer valid
-            self._raise_bad_picture(pictures, box, start)
-            raise RuntimeError(f"rendering failed, though every picture decodes: {error}") from error
+        graph = self._graph(_box_of_file)
+        graph.feed_input("picture", pictures)
+        graph.feed_input("start", np.ascontiguousarray(box[:, :2]))
+        graph.feed_input("shape", np.ascontiguousarray(box[:, 2:]))
+        graph.feed_input("flip", flip.astype(np.int32))
+        return self._tensor(graph.run()[0].as_tensor())
+
+    def _decoded(
+        self, pictures: Sequence[NDArray[np.uint8]], image: NDArray[np.int32], kept: dict[int, Any]
+    ) -> dict[int, Any]:
+        """The pictures that image names, whole: uint8 [H, W, 3] each, numpy on the CPU and torch on the GPU."""
+        wanted = dict.fromkeys(image.tolist())
+        decoded = {i: kept[i] for i in wanted if i in kept}
+        if new := [i for i in wanted if i not in kept]:
+            graph = self._graph(_whole_file)
+            graph.feed_input("picture", [pictures[i] for i in new])
+            (output,) = graph.run()
+            decoded |= {i: self._array(output[place]) for place, i in enumerate(new)}
+        return decoded
+
+    def _cut_and_resize(self, pictures: list[Any], box: NDArray[np.int32], flip: NDArray[np.bool_]) -> torch.Tensor:
+        sizes = np.array([picture.shape[:2] for picture in pictures])
+        if (box[:, :2] < 0).any() or (box[:, :2] + box[:, 2:] > sizes).any():
+            raise RuntimeError("a box leaves its picture")  # the caller finds out which
+        crops = [picture[y : y + h, x : x + w] for picture, (y, x, h, w) in zip(pictures, box.tolist(), strict=True)]
+        graph = self._graph(_crop)
+        on_gpu = self._device_id is not None
+        graph.feed_input("crop", [crop.contiguous() if on_gpu else np.ascontiguousarray(crop) for crop in crops])
+        graph.feed_input("flip", flip.astype(np.int32))
+        return self._tensor(graph.run()[0].as_tensor())
+
+    def _array(self, decoded: Any) -> Any:
+        if self._device_id is None:
+            return np.array(decoded)
+        return torch.utils.dlpack.from_dlpack(decoded).clone()
+
+    def _tensor(self, views: Any) -> torch.Tensor:
         if self._device_id is None:
             return torch.from_numpy(np.array(views))
         return torch.utils.dlpack.from_dlpack(views).clone()
 
-    def _build(self) -> Any:
-        # exec_dynamic: inputs and outputs may change their batch size from run to run.
-        pipeline = dali.Pipeline(
-            batch_size=self._max_views,
-            num_threads=self._num_threads,
-            device_id=self._device_id,
-            prefetch_queue_depth=1,
-            exec_dynamic=True,
-        )
-        with pipeline:
-            pipeline.set_outputs(_graph(self.rendering, on_gpu=self._device_id is not None))
-        pipeline.build()
-        return pipeline
+    def _graph(self, outputs: _Graph) -> Any:
+        """The built graph; the first time it is made."""
+        if outputs not in self._graphs:
+            # exec_dynamic: inputs and outputs may change their batch size from run to run.
+            pipeline = dali.Pipeline(
+                batch_size=self._max_views,
+                num_threads=self._num_threads,
+                device_id=self._device_id,
+                prefetch_queue_depth=1,
+                exec_dynamic=True,
+            )
+            with pipeline:
+                pipeline.set_outputs(outputs(self.rendering, self._device_id is not None))
+            pipeline.build()
+            self._graphs[outputs] = pipeline
+        return self._graphs[outputs]
 
     @staticmethod
     def _raise_bad_picture(pictures: list[NDArray[np.uint8]], box: NDArray[np.int32], start: int) -> None:
@@ -150,18 +197,34 @@ class Renderer:
                 raise BadPictureError(start + view, reason)
 
 
-def _graph(rendering: Rendering, on_gpu: bool) -> Any:
+def _box_of_file(rendering: Rendering, on_gpu: bool) -> Any:
+    """Decode a box of a file, and render it."""
     picture = fn.external_source(name="picture", dtype=types.UINT8, ndim=1)
     start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-    flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-    # axis_names: DALI's own order of a window is width, height. Fancy upsampling: nvJPEG's default for chroma
-    # is nearest-neighbour, libjpeg-turbo's is not; the two sides would see other colours.
-    gpu_decoder = {"device": "mixed", "jpeg_fancy_upsampling": True}
+    # axis_names: DALI's own order of a window is width, height.
     crop = fn.decoders.image_slice(
         picture, start, shape, axis_names="HW", normalized_anchor=False, normalized_shape=False,
-        output_type=types.RGB, **(gpu_decoder if on_gpu else {"device": "cpu"}),
+        output_type=types.RGB, **_decoder(on_gpu),
     )  # fmt: skip
+    return _rendered(crop, rendering)
+
+
+def _whole_file(rendering: Rendering, on_gpu: bool) -> Any:  # noqa: ARG001 - decoding knows no size
+    """Decode a file."""
+    picture = fn.external_source(name="picture", dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(picture, output_type=types.RGB, **_decoder(on_gpu))
+
+
+def _crop(rendering: Rendering, on_gpu: bool) -> Any:
+    """Render pixels that are decoded and cut already."""
+    device = "gpu" if on_gpu else "cpu"
+    crop = fn.external_source(name="crop", dtype=types.UINT8, ndim=3, layout="HWC", device=device)
+    return _rendered(crop, rendering)
+
+
+def _rendered(crop: Any, rendering: Rendering) -> Any:
+    flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
     resized: Any = fn.resize(
         crop,
         size=(rendering.size, rendering.size),
@@ -171,6 +234,12 @@ def _graph(rendering: Rendering, on_gpu: bool) -> Any:
     )
     truncated = fn.cast(dali.math.floor(resized + _TRUNCATION_MARGIN), dtype=types.UINT8)
     return fn.flip(truncated, horizontal=flip)
+
+
+def _decoder(on_gpu: bool) -> dict[str, Any]:
+    # Fancy upsampling: nvJPEG's default for chroma is nearest-neighbour, libjpeg-turbo's is not; the two sides would
+    # see other colours.
+    return {"device": "mixed", "jpeg_fancy_upsampling": True} if on_gpu else {"device": "cpu"}
 
 
 def _is_jpeg_without_end(picture: NDArray[np.uint8]) -> bool:

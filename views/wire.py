@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 
 from protos import teacher_pb2 as pb
 from protos.arrays import from_message, to_message
+from views.setting import Average
 from views.view import Rows
 
 Transport = Literal["reference", "encoded", "pixels"]
+
+_AVERAGES: dict[Average, pb.Average] = {"logits": pb.LOGITS, "probabilities": pb.PROBABILITIES}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -29,6 +32,10 @@ class Question:
     """[R] position among the views."""
     lam: NDArray[np.float32]
     """[R] in [0, 1]."""
+    mean_of: int
+    """So many consecutive rows are averaged into one answer; 1: none."""
+    average: Average
+    """What is averaged."""
     audit: NDArray[np.int32]
     """[A] positions of views to vouch for."""
     sample: NDArray[np.int64]
@@ -70,6 +77,12 @@ def ask_encoded(rows: Rows, pictures: Sequence[bytes]) -> pb.PredictRequest:
     samples, request = _ask(rows)
     request.encoded.CopyFrom(pb.EncodedImages(image=pictures, sample=to_message(samples)))
     return request
+
+
+def ask_for_mean(request: pb.PredictRequest, mean_of: int, average: Average) -> None:
+    """Make a request one for averages of each mean_of consecutive rows."""
+    request.mean_of = mean_of
+    request.average = _AVERAGES[average]
 
 
 def ask_pixels(rows: Rows, pixels: NDArray[np.uint8]) -> pb.PredictRequest:
@@ -134,10 +147,13 @@ def read_question(request: pb.PredictRequest, size: int) -> Question:
     _check(lam, (lam >= 0) & (lam <= 1), "lam must lie in [0, 1]", "row")
     _check(partner, (partner >= 0) & (partner < num_views), f"partner must lie in [0, {num_views})", "row")
     _check(audit, (audit >= 0) & (audit < num_views), f"audit must lie in [0, {num_views})", "audit entry")
+    mean_of, average = _read_mean(request, partner, lam)
     return Question(
         transport="reference" if transport == "references" else transport,
         partner=partner,
         lam=lam,
+        mean_of=mean_of,
+        average=average,
         audit=audit,
         sample=sample,
         encoded=encoded,
@@ -146,6 +162,20 @@ def read_question(request: pb.PredictRequest, size: int) -> Question:
         flip=flip.view(np.bool_),
         pixels=pixels,
     )
+
+
+def _read_mean(request: pb.PredictRequest, partner: NDArray[np.int32], lam: NDArray[np.float32]) -> tuple[int, Average]:
+    mean_of = max(1, request.mean_of)
+    if mean_of == 1:
+        return 1, "probabilities"
+    if len(lam) % mean_of:
+        raise ValueError(f"{len(lam)} rows cannot be averaged {mean_of} at a time (mean_of)")
+    average = next((name for name, number in _AVERAGES.items() if number == request.average), None)
+    if average is None:
+        raise ValueError("mean_of needs average: LOGITS or PROBABILITIES")
+    alone = (partner == np.arange(len(lam))) & (lam == 1)
+    _check(lam, alone, "a row that is averaged is not mixed: lam must be 1 and the row its own partner", "row")
+    return mean_of, average
 
 
 def _check(values: NDArray[np.generic], good: NDArray[np.bool_], rule: str, what: str) -> None:
