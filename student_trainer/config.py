@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from student_trainer.logit_store import redacted
 from views.setting import ViewSetting
 
 
@@ -115,6 +116,8 @@ class OptimConfig:
     """adam: the first moment is kept in this precision. The reference: bfloat16."""
     momentum: float = 0.9
     """sgdm."""
+    inverse_every: int = 1
+    """shampoo: steps between the inverse roots of its statistics, most of its cost. Appendix D: every step."""
     temperature: float = 1.0
     """Of the distillation loss."""
 
@@ -156,8 +159,10 @@ class Config:
     """Steps between checkpoints; there is always one at the end."""
 
     def __post_init__(self) -> None:
-        for name in ("optim.batch_size", "optim.epochs", "optim.lr", "teacher.rows_per_request", "teacher.window",
-                     "prefetch", "eval_batch", "log_every", "checkpoint_every"):  # fmt: skip
+        for name in (
+            "optim.batch_size", "optim.epochs", "optim.lr", "optim.inverse_every", "teacher.rows_per_request",
+            "teacher.window", "prefetch", "eval_batch", "log_every", "checkpoint_every",
+        ):  # fmt: skip
             if get_setting(self, name) <= 0:
                 raise ValueError(f"--{name} is {get_setting(self, name)}; it must be greater than 0")
         if self.device == "cpu" and self.precision == "float16":
@@ -190,6 +195,8 @@ def settings(config: Any, prefix: str = "") -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             flat |= settings(value, f"{prefix}{entry.name}.")
         else:
+            if prefix + entry.name == "teacher.store":
+                value = redacted(value)  # may hold a password, and this is printed and saved
             flat[prefix + entry.name] = str(value) if isinstance(value, Path) else value
             if isinstance(value, tuple):
                 flat[prefix + entry.name] = list(value)

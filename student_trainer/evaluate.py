@@ -148,7 +148,7 @@ class Evaluation:
         return score.result(self._world)
 
     def _teacher_logits(self, batch: Batch) -> Tensor:
-        """A frozen teacher says the same of a fixed view always: it is asked once in a run, and what it said is kept."""
+        """A frozen teacher always says the same of a fixed view: it is asked once in a run, and its words are kept."""
         if batch.targets:
             answers_MRK = torch.stack([torch.from_numpy(target.result()) for target in batch.targets])
             self._kept.append(one_teacher(answers_MRK, self._config.teacher.ensemble))

@@ -1,7 +1,8 @@
 """How long to train, and the multiplier s(step) in [0, 1] of the whole update at each step.
 
-The paper's code knows one shape: a linear warm-up times one cosine down to zero, without restarts. The
-multiplier scales the learning rate and the weight decay alike (optimizer.py).
+The paper's code knows one shape: a linear warm-up times one cosine down to zero, without restarts. Its Shampoo runs
+(appendix D) decay quadratically, and BiT's fine-tuning in stairs. The multiplier scales the learning rate and the
+weight decay alike (optimizer.py).
 
 Rejected: torch's LR schedulers. They hold state of their own, which would have to go into the checkpoint,
 and chaining them gives a warm-up *followed by* a cosine through state; this is one line, a function of the step.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 def num_steps(epochs: float, num_train: int, batch_size: int) -> int:
@@ -22,9 +24,17 @@ def num_steps(epochs: float, num_train: int, batch_size: int) -> int:
     return max(1, round(epochs * num_train / batch_size))
 
 
+# BiT-HyperRule divides the learning rate by ten at these shares of the run (big_transfer bit_hyperrule.py).
+_STAIRS = 0.3, 0.6, 0.9
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """s(t) = min(1, t / warmup) * (1 + cos(pi * clip((t - warmup) / (num_steps - warmup), 0, 1))) / 2.
+    """s(t) = min(1, t / warmup) * decay(t), with p = clip((t - warmup) / (num_steps - warmup), 0, 1):
+
+        cosine      (1 + cos(pi * p)) / 2
+        quadratic   (1 - p)^2
+        staircase   1, 0.1, 0.01, 0.001 from 0, 30, 60, 90 % of num_steps on
 
     t counts the updates done before this one: the first update has s(0) = 0 and only fills Adam's moments.
     """
@@ -33,6 +43,7 @@ class Schedule:
     """Length of the run in optimizer steps."""
     warmup_steps: int
     """Steps of linear warm-up (paper: 1500 for the small data sets, 5000 for ImageNet); 0 for none."""
+    decay: Literal["cosine", "quadratic", "staircase"] = "cosine"
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps < self.num_steps:
@@ -42,7 +53,12 @@ class Schedule:
             )
 
     def __call__(self, step: int) -> float:
-        """Return s(step), for step = 0, 1, ..., num_steps - 1; zero from num_steps on."""
+        """Return s(step), for step = 0, 1, ..., num_steps - 1; zero from num_steps on, but for stairs."""
         warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.decay == "staircase":
+            return warmup * 0.1 ** sum(step >= share * self.num_steps for share in _STAIRS)
         progress = (step - self.warmup_steps) / (self.num_steps - self.warmup_steps)
-        return warmup * 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+        progress = min(1.0, max(0.0, progress))
+        if self.decay == "quadratic":
+            return warmup * (1.0 - progress) ** 2
+        return warmup * 0.5 * (1.0 + math.cos(math.pi * progress))

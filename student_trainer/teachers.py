@@ -31,7 +31,7 @@ from data_prep.index import Index
 from protos import teacher_pb2 as pb
 from student_trainer.config import Config
 from student_trainer.local_teacher import teacher_beside
-from student_trainer.logit_store import LogitStore, StoreGoneError, StoreKey, open_store
+from student_trainer.logit_store import LogitStore, StoreGoneError, StoreKey, absent, open_store
 from student_trainer.pictures import Pictures
 from student_trainer.teacher_client import Answer, Audit, Fleet, TeacherRefusedError
 from student_trainer.world import World
@@ -129,6 +129,7 @@ class FixedTeacher:
             views=views,
             num_samples=len(index),
             num_classes=who.num_classes,
+            dtype="float32" if who.precision == "float32" else "float16",  # as the teacher sends them
         )
         self.store: LogitStore = open_store(where, self.key)
         self._live = live
@@ -136,8 +137,6 @@ class FixedTeacher:
         self._views = views
         self._on_failure = on_failure
         self._trust_again = 0.0
-        # As the teacher sent them: widening to float32 and narrowing again changes nothing.
-        self._dtype = np.float32 if who.precision == "float32" else np.float16
 
     def rows(self, samples: NDArray[np.int64]) -> Rows:
         """The fixed views of samples [N]: N * num_views rows."""
@@ -147,11 +146,11 @@ class FixedTeacher:
         """The constants of the rows' own samples. What is absent, damaged or evicted is computed again."""
         samples = rows.sample[: len(rows)]
         logits, found = self._get(samples)
-        absent = np.unique(samples[~found])
+        missing = np.unique(samples[~found])
         answer = None
-        if len(absent):
-            answer = self._live.ask(step, self.rows(absent), pictures, self._views)
-        return _Kept(self, samples, logits, found, absent, answer)
+        if len(missing):
+            answer = self._live.ask(step, self.rows(missing), pictures, self._views)
+        return _Kept(self, samples, logits, found, missing, answer)
 
     def fill(
         self, samples: range, world: World, stop: Callable[[], bool], check: Callable[[Rows, Audit], None]
@@ -167,14 +166,14 @@ class FixedTeacher:
             check: called with what the teacher vouched for.
         """
         own = np.asarray(samples[world.rank :: world.size], dtype=np.int64)
-        absent = self.store.absent(own)
+        missing = absent(self.store, own)
         fleet = self._live.fleet
         at_once = max(1, fleet.rows_per_request // self._views.num_views)
-        todo = deque(absent[i : i + at_once] for i in range(0, len(absent), at_once))
+        todo = deque(missing[i : i + at_once] for i in range(0, len(missing), at_once))
         asked: deque[tuple[NDArray[np.int64], Rows, Answer]] = deque()
         num_computed = 0
         with tqdm(
-            desc="logits of the fixed teacher", total=len(own), initial=len(own) - len(absent), unit="picture",
+            desc="logits of the fixed teacher", total=len(own), initial=len(own) - len(missing), unit="picture",
             disable=not world.is_main, mininterval=1.0 if sys.stderr.isatty() else 10.0,
         ) as progress:  # fmt: skip
             while asked or (todo and not stop()):
@@ -189,7 +188,7 @@ class FixedTeacher:
                     check(rows, audit)
                 num_computed += len(part)
                 progress.update(len(part))
-        return Filled(there_already=len(own) - len(absent), computed=num_computed, stopped=bool(todo))
+        return Filled(there_already=len(own) - len(missing), computed=num_computed, stopped=bool(todo))
 
     def _get(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         if time.monotonic() >= self._trust_again:
@@ -204,7 +203,7 @@ class FixedTeacher:
         """Keep logits [N, num_classes] of samples [N], while the store can be reached."""
         if time.monotonic() >= self._trust_again:
             try:
-                self.store.put(samples, logits.astype(self._dtype))
+                self.store.put(samples, logits)
             except StoreGoneError as error:
                 self._note_failure(error)
 
@@ -235,14 +234,14 @@ class _Kept:
         samples: NDArray[np.int64],
         logits: NDArray[np.float32],
         found: NDArray[np.bool_],
-        absent: NDArray[np.int64],
+        missing: NDArray[np.int64],
         answer: Answer | None,
     ) -> None:
         self._teacher = teacher
         self._samples = samples
         self._logits = logits
         self._found = found
-        self._absent = absent
+        self._missing = missing
         self._answer = answer
         self.recomputed = int((~found).sum())
 
@@ -250,9 +249,9 @@ class _Kept:
         """Wait for the logits [R, num_classes]; what had to be computed is kept."""
         if self._answer is not None:
             computed = self._answer.result()
-            self._teacher.put(self._absent, computed)
-            missing = ~self._found
-            self._logits[missing] = computed[np.searchsorted(self._absent, self._samples[missing])]
+            self._teacher.put(self._missing, computed)
+            empty = ~self._found
+            self._logits[empty] = computed[np.searchsorted(self._missing, self._samples[empty])]
             self._answer = None
         return self._logits
 

@@ -360,7 +360,7 @@ def _fill(teacher: FixedTeacher, audit: ViewAudit, samples: range, world: World,
         f"logits of the fixed teacher: {there} pictures were there, {computed} computed, {damaged} of those because "
         f"what was there was damaged; largest view mismatch {mismatch} (store {teacher.key.digest[:12]})"
     )
-    return stopped == 0
+    return bool(stopped == 0)
 
 
 def _write_facts(

@@ -1,5 +1,6 @@
 import copy
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from student_trainer.config import OptimConfig
 from student_trainer.optimizer import clip_gradients, kernels, make_optimizer, set_schedule
 from student_trainer.schedule import Schedule
 
@@ -17,6 +19,10 @@ jnp = pytest.importorskip("jax.numpy")
 optax = pytest.importorskip("optax")
 
 STEPS, WARMUP, LR, DECAY = 50, 10, 0.003, 1e-3
+
+
+def adam(lr: float, weight_decay: float, mu_dtype: str = "bfloat16") -> OptimConfig:
+    return OptimConfig(lr=lr, weight_decay=weight_decay, mu_dtype=mu_dtype)
 
 
 def small_net() -> nn.Module:
@@ -49,7 +55,7 @@ def reference_chain(mu_dtype: str, names: list[str]) -> Any:
 def train_both(mu_dtype: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[float]]:
     """50 steps with the same gradients (torch's) in torch and in optax; final weights and clipped norms."""
     net = small_net()
-    optimizer = make_optimizer(net, LR, DECAY, mu_dtype)
+    optimizer = make_optimizer(net, adam(LR, DECAY, mu_dtype))
     schedule = Schedule(num_steps=STEPS, warmup_steps=WARMUP)
     weights = {name: jnp.asarray(p.detach().numpy().copy()) for name, p in net.named_parameters()}
     chain = reference_chain(mu_dtype, list(weights))
@@ -97,7 +103,7 @@ def test_decay_touches_the_kernels_of_convolutions_and_dense_layers_only():
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.fill_(2.0)
-    optimizer = make_optimizer(net, lr=0.01, weight_decay=0.1)
+    optimizer = make_optimizer(net, adam(0.01, 0.1))
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     set_schedule(optimizer, 0.5)
@@ -121,14 +127,14 @@ def test_kernels_are_found_in_real_architectures_and_through_wrappers():
 def test_frozen_parameters_are_left_alone():
     net = small_net()
     net[0].weight.requires_grad_(False)
-    optimizer = make_optimizer(net, lr=0.01, weight_decay=0.1)
+    optimizer = make_optimizer(net, adam(0.01, 0.1))
     assert all(p is not net[0].weight for group in optimizer.param_groups for p in group["params"])
 
 
 def test_the_first_update_with_multiplier_zero_moves_nothing_but_fills_the_moments():
     net = small_net()
     before = copy.deepcopy(net.state_dict())
-    optimizer = make_optimizer(net, LR, DECAY)
+    optimizer = make_optimizer(net, adam(LR, DECAY))
     net(torch.randn(2, 3, 8, 8)).sum().backward()
     assert set_schedule(optimizer, 0.0) == 0.0
     optimizer.step()
@@ -149,7 +155,7 @@ def test_clipping_is_on_the_global_norm_and_comes_before_adam():
     # Adam of the clipped gradients: a long gradient must not outweigh the short one that follows it.
     net = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(net.weight)
-    optimizer = make_optimizer(net, lr=1.0, weight_decay=0.0, mu_dtype="float32")
+    optimizer = make_optimizer(net, adam(1.0, 0.0, "float32"))
     for gradient in (1000.0, -1.0):
         net.weight.grad = torch.tensor([[gradient]])
         clip_gradients(net.parameters(), 1.0)
@@ -174,12 +180,12 @@ def test_a_reloaded_optimizer_goes_on_bit_for_bit(mu_dtype):
         optimizer.step()
 
     net = small_net()
-    optimizer = make_optimizer(net, LR, DECAY, mu_dtype)
+    optimizer = make_optimizer(net, adam(LR, DECAY, mu_dtype))
     for seed in range(3):
         step(net, optimizer, seed)
     other = small_net()
     other.load_state_dict(net.state_dict())
-    resumed = make_optimizer(other, LR, DECAY, mu_dtype)
+    resumed = make_optimizer(other, adam(LR, DECAY, mu_dtype))
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for seed in range(3, 6):
         step(net, optimizer, seed)
@@ -188,7 +194,136 @@ def test_a_reloaded_optimizer_goes_on_bit_for_bit(mu_dtype):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("lr", "mu_dtype"), [(0.0, "float32"), (0.1, "float16")])
-def test_settings_that_mean_nothing_are_refused(lr, mu_dtype):
-    with pytest.raises(ValueError, match=r"lr must be positive|mu_dtype must be"):
-        make_optimizer(small_net(), lr, 0.1, mu_dtype)
+def test_sgdm_decays_kernels_apart_from_the_momentum():
+    net = small_net()
+    optimizer = make_optimizer(net, OptimConfig(optimizer="sgdm", lr=0.2, weight_decay=0.03, momentum=0.8))
+    expected = {name: p.detach().double().numpy().copy() for name, p in net.named_parameters()}
+    momentum = {name: np.zeros_like(w) for name, w in expected.items()}
+    generator = torch.Generator().manual_seed(3)
+    for step in range(10):
+        s = (step + 1) / 10
+        for name, p in net.named_parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+            momentum[name] = 0.8 * momentum[name] + p.grad.double().numpy()
+            decay = 0.03 if name in ("0.weight", "5.weight") else 0.0
+            expected[name] = expected[name] - s * (0.2 * momentum[name] + decay * expected[name])
+        set_schedule(optimizer, s)
+        optimizer.step()
+    for name, p in net.named_parameters():
+        np.testing.assert_allclose(p.detach().numpy(), expected[name], rtol=1e-4, atol=1e-4)
+
+
+def wide_net() -> nn.Module:
+    """Kernels smaller and larger than a block of 128, a convolution, a matrix and vectors."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+        nn.Linear(128, 150), nn.Linear(150, 6),
+    )  # fmt: skip
+
+
+def inverse_root(matrix: np.ndarray, power: int) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    values = values + 1e-6 * values.max()
+    return (vectors * np.maximum(values, 1e-30) ** (-1 / power)) @ vectors.T
+
+
+class SlowShampoo:
+    """Shampoo of one kernel, in float64: blocks of 128, a statistic and its inverse root for each side of a block, at
+    every step; the step's length is RMSProp's, the momentum a mean, the look ahead Nesterov's.
+    """
+
+    def __init__(self, weight: np.ndarray, shape: tuple[int, ...]) -> None:
+        self.weight, self.shape = weight.astype(np.float64), shape
+        self.squares = np.zeros_like(self.weight)
+        self.momentum, self.graft_momentum = np.zeros_like(self.weight), np.zeros_like(self.weight)
+        cuts = [[slice(i, min(i + 128, size)) for i in range(0, size, 128)] for size in shape]
+        self.blocks = list(itertools.product(*cuts)) if len(shape) > 1 else []
+        self.statistics = [[1e-6 * np.eye(s.stop - s.start) for s in block] for block in self.blocks]
+
+    def direction(self, grad: np.ndarray) -> np.ndarray:
+        grad = grad.reshape(self.shape)
+        out = np.zeros(self.shape)
+        for block, statistics in zip(self.blocks, self.statistics, strict=True):
+            part = grad[block]
+            result = part
+            for axis in range(part.ndim):
+                flat = np.moveaxis(part, axis, 0).reshape(part.shape[axis], -1)
+                statistics[axis] = 0.999 * statistics[axis] + 0.001 * flat @ flat.T
+                root = inverse_root(statistics[axis], 2 * part.ndim)
+                result = np.moveaxis(np.tensordot(root, result, axes=(1, axis)), 0, axis)
+            out[block] = result
+        return out.reshape(self.weight.shape)
+
+    def step(self, number: int, grad: np.ndarray, lr: float, decay: float) -> None:
+        self.squares = 0.999 * self.squares + 0.001 * grad**2
+        graft = grad / (np.sqrt(self.squares) + 1e-10)
+        update = graft
+        if self.blocks:
+            update = self.direction(grad)
+            update = update * np.linalg.norm(graft) / np.linalg.norm(update)
+        self.weight = self.weight - lr * decay * self.weight
+        self.momentum = 0.9 * self.momentum + 0.1 * update
+        self.graft_momentum = 0.9 * self.graft_momentum + 0.1 * graft
+        late = number >= 25  # until then the grafted-on optimiser walks alone
+        momentum, newest = (self.momentum, update) if late else (self.graft_momentum, graft)
+        self.weight = self.weight - lr * (0.9 * momentum + 0.1 * newest)
+
+
+def test_shampoo_equals_a_slow_computation_in_float64():
+    net = wide_net()
+    optim = OptimConfig(optimizer="shampoo", lr=0.01, weight_decay=0.000375)
+    optimizer = make_optimizer(net, optim)
+    # Dimensions are merged while they fit into a block: 8 x 3 x 3 x 3 is 72 x 3.
+    shapes = {"0.weight": (72, 3), "5.weight": (150, 128), "6.weight": (6, 150)}
+    slow = {name: SlowShampoo(p.detach().numpy(), shapes.get(name, p.shape)) for name, p in net.named_parameters()}
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    generator = torch.Generator().manual_seed(4)
+    for number in range(1, 41):
+        for p in net.parameters():  # noise on a slope: statistics of full rank, whose roots float32 can take
+            p.grad = torch.randn(p.shape, generator=generator) + torch.linspace(-1, 1, p.shape[-1])
+        s = min(1.0, number / 20)
+        set_schedule(optimizer, s)
+        for name, p in net.named_parameters():
+            decay = 0.000375 / 0.01 if p.ndim > 1 else 0.0
+            slow[name].step(number, p.grad.double().numpy(), 0.01 * s, decay)
+        optimizer.step()
+    for name, p in net.named_parameters():
+        moved = np.linalg.norm(slow[name].weight - start[name].numpy())
+        assert np.linalg.norm(p.detach().numpy() - slow[name].weight) < 1e-3 * moved, name
+
+
+def test_shampoo_goes_on_bit_for_bit_from_a_checkpoint_file(tmp_path):
+    def step(net, optimizer, seed):
+        images = torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        functional.cross_entropy(net(images), torch.arange(8) % 6).backward()
+        set_schedule(optimizer, 0.5)
+        optimizer.step()
+
+    optim = OptimConfig(optimizer="shampoo", lr=0.01, weight_decay=0.000375)
+    net, other = wide_net(), wide_net()
+    optimizer, resumed = make_optimizer(net, optim), make_optimizer(other, optim)
+    for seed in range(30):
+        step(net, optimizer, seed)
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    torch.manual_seed(99)  # another rank, or another day
+    for seed in range(30, 34):
+        step(net, optimizer, seed)
+    torch.manual_seed(5)
+    for seed in range(30, 34):
+        step(other, resumed, seed)
+    for ours, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_shampoo_leaves_the_global_random_numbers_alone():
+    net = wide_net()
+    optimizer = make_optimizer(net, OptimConfig(optimizer="shampoo", lr=0.01))
+    functional.cross_entropy(net(torch.ones(8, 3, 9, 9)), torch.arange(8) % 6).backward()
+    before = torch.get_rng_state()
+    optimizer.step()
+    assert torch.equal(torch.get_rng_state(), before)

@@ -74,3 +74,17 @@ def test_without_warm_up_the_first_update_is_a_full_one():
 def test_a_warm_up_that_does_not_fit_is_refused_with_both_numbers(warmup):
     with pytest.raises(ValueError, match=f"warmup_steps is {warmup}, but the run has 100 steps"):
         Schedule(num_steps=100, warmup_steps=warmup)
+
+
+def test_the_quadratic_decay_of_appendix_d_follows_a_linear_warm_up():
+    schedule = Schedule(num_steps=10_000, warmup_steps=1800, decay="quadratic")
+    assert schedule(900) == pytest.approx(0.5)
+    for step in range(1800, 10_000, 97):
+        assert schedule(step) == pytest.approx(((10_000 - step) / 8200) ** 2)
+    assert schedule(10_000) == 0
+
+
+def test_stairs_divide_by_ten_at_30_60_and_90_percent():
+    schedule = Schedule(num_steps=500, warmup_steps=50, decay="staircase")
+    expected = {0: 0.0, 25: 0.5, 50: 1.0, 149: 1.0, 150: 0.1, 299: 0.1, 300: 0.01, 449: 0.01, 450: 0.001, 499: 0.001}
+    assert {step: schedule(step) for step in expected} == pytest.approx(expected)

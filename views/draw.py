@@ -150,7 +150,7 @@ def _draw_beta(alpha: float, seed: int, step: int) -> float:
         u, v = words[0] * 2.0**-32, words[1] * 2.0**-32
         if alpha == 1:
             return u
-        x, y = u ** (1 / alpha), v ** (1 / alpha)
+        x, y = math.pow(u, 1 / alpha), math.pow(v, 1 / alpha)
         if 0 < x + y <= 1:
             return x / (x + y)
     raise AssertionError(f"{_MAX_ATTEMPTS} draws of Beta({alpha}, {alpha}) in a row were rejected")
