@@ -84,19 +84,22 @@ def load(
     """Load a network in float32 on the CPU, in training mode as torch makes it, with its card.
 
     Args:
-        name_or_file: a .safetensors file (ours, or another's with `architecture`), a BiT .npz file, or timm's
-            name of a network with published weights, which timm downloads.
+        name_or_file: a .safetensors file (ours, or another's with `architecture`), a BiT .npz file, a released
+            BiT file by name (bit:NAME, zoo.py), or timm's name of a network with published weights. The last two
+            are downloaded.
         architecture: timm's name, for files that do not say; must agree with those that do.
         num_classes: a number other than the file's replaces the head by a zero one, to fine-tune on.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file, or it cannot be downloaded.
         ValueError: not a weight file that we read, or tensors that do not fit (the message names them).
     """
     path = Path(name_or_file)
     if path.suffix in _PICKLES:
         raise ValueError(f"{path}: a pickle runs code when it is opened; convert it to .safetensors first")
-    if path.suffix in _SUFFIXES:
+    if str(name_or_file).startswith("bit:"):
+        model, card = _load_released(str(name_or_file), architecture)
+    elif path.suffix in _SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(f"no such weight file: {path}")
         model, card = (_load_npz if path.suffix == ".npz" else _load_safetensors)(path, architecture)
@@ -150,18 +153,40 @@ def _load_npz(path: Path, architecture: str | None) -> tuple[nn.Module, ModelCar
     return model, dataclasses.replace(card, size=int(size.group())) if size else card
 
 
+def _load_released(name: str, architecture: str | None) -> tuple[nn.Module, ModelCard]:
+    from models import zoo  # a program of its own too: `python -m models.zoo`
+
+    entry = zoo.released(name)
+    _must_agree(architecture, entry.architecture, name)
+    path = zoo.fetch(name)
+    model, card = _load_npz(path, None)
+    if (card.architecture, card.num_classes) != (entry.architecture, entry.num_classes):
+        raise ValueError(
+            f"{path}: holds {card.architecture} with {card.num_classes} classes; {name} is {entry.architecture} with "
+            f"{entry.num_classes}. Delete it to download it anew"
+        )
+    return model, dataclasses.replace(card, size=entry.size)
+
+
 def _load_published(name: str, architecture: str | None) -> tuple[nn.Module, ModelCard]:
     check_name(name)
     _must_agree(architecture, name, name)
     if not is_model_pretrained(name):
         raise ValueError(f"{name} has no published weights; give a weight file")
-    model: nn.Module = timm.create_model(name, pretrained=True)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError) as error:  # of the hub, the network, or the cache
+        raise OSError(
+            f"cannot download the weights of {name}: {error}. Fetch its .safetensors by hand, and give that file (with "
+            f"the architecture {name.partition('.')[0]})"
+        ) from error
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     return model, _card_from_cfg(name, int(cfg["num_classes"]), cfg)
 
 
 def _must_agree(asked: str | None, found: str, source: str | Path) -> None:
-    if asked is not None and asked != found:
+    # A tag names weights of an architecture, not another architecture.
+    if asked is not None and asked.partition(".")[0] != found.partition(".")[0]:
         raise ValueError(f"{source}: holds architecture {found!r}, not {asked!r}; leave architecture away")
 
 

@@ -385,6 +385,7 @@ def _make_student(config: Config, num_classes: int, data_set: str) -> tuple[nn.M
         half_or_own = {"mean": card.mean, "std": card.std}
     else:
         model = models.create(config.student.architecture, num_classes)
+        models.init_as_bit(model)
         half_or_own = {"mean": half, "std": half}
         if config.student.zero_head:
             models.zero_head(model)
