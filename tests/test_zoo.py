@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -158,7 +159,7 @@ def test_the_list_names_every_file_and_says_what_is_here(tmp_path):
 def test_a_tag_of_timms_belongs_to_its_architecture(monkeypatch):
     with pytest.raises(ValueError, match=r"holds architecture 'resnetv2_101x1_bit.goog_in21k'"):
         models.load("resnetv2_101x1_bit.goog_in21k", "resnetv2_50x1_bit")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"cannot download the weights of resnetv2_50x1_bit.goog_in21k.*safetensors"):
         models.load("resnetv2_50x1_bit.goog_in21k", "resnetv2_50x1_bit")
 
