@@ -33,6 +33,10 @@ check: .venv/installed ## format, lint and types
 test: .venv/installed ## all tests, on the CPU, without network
 	$(BIN)/pytest -n 2 --dist worksteal
 
+.PHONY: suite
+suite: .venv/installed ## the long tests too: the tiny form of every recipe
+	$(BIN)/pytest -n 2 --dist worksteal -m suite
+
 .PHONY: demo
 demo: .venv/installed ## the main job on a small data set: prepare, train a teacher, serve it, distil it
 	@echo "== 1 of 3: prepare $(DATA)"

@@ -164,6 +164,38 @@ def _oriented(name: str, array: NDArray[np.float32], path: Path) -> NDArray[np.f
     return np.ascontiguousarray(array.transpose(3, 2, 0, 1))
 
 
+def native(tensors: Mapping[str, NDArray[np.float32]]) -> Tensors:
+    """The way back: a BiT under timm's names as big_vision's own tree, for np.savez."""
+    return {_native_name(name): _hwio(name, array) for name, array in tensors.items()}
+
+
+def _native_name(name: str) -> str:
+    top = {
+        "stem.conv.weight": _ROOT,
+        "norm.weight": "norm-pre-head/scale",
+        "norm.bias": "norm-pre-head/bias",
+        "head.fc.weight": "head/kernel",
+        "head.fc.bias": "head/bias",
+    }
+    if name in top:
+        return top[name]
+    match = re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(conv|norm|downsample\.conv)(\d?)\.(weight|bias)", name)
+    if not match:
+        raise ValueError(f"{name} is no tensor of a BiT")
+    stage, block, kind, number, leaf = match.groups()
+    at = f"block{int(stage) + 1}/unit{int(block) + 1:02d}"
+    if kind == "norm":
+        return f"{at}/gn{number}/{'scale' if leaf == 'weight' else 'bias'}"
+    return f"{at}/conv{number or '_proj'}/kernel"
+
+
+def _hwio(name: str, array: NDArray[np.float32]) -> NDArray[np.float32]:
+    if array.ndim != 4:
+        return array
+    turned = np.ascontiguousarray(array.transpose(2, 3, 1, 0))
+    return turned[0, 0] if name == "head.fc.weight" else turned
+
+
 def some(names: list[str]) -> str:
     """The first few of many names."""
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""

@@ -98,8 +98,10 @@ class OptimConfig:
     optimizer: Literal["adam", "sgdm", "shampoo"] = "adam"
     """Adam; SGD with momentum (section 3.9, and BiT's fine-tuning); Shampoo with grafting (section 3.4, appendix D)."""
     decay: Literal["cosine", "quadratic", "staircase"] = "cosine"
-    """The schedule after the warm-up: cosine to zero; (1 - t)^2 to zero (Shampoo); divided by 10 at 30, 60 and 90 % of
-    the run (BiT-HyperRule)."""
+    """The schedule after the warm-up: cosine to zero; (1 - t)^2 to zero (Shampoo); divided by 10 at each of `stairs`
+    (BiT-HyperRule)."""
+    stairs: tuple[float, ...] = (0.3, 0.6, 0.9)
+    """staircase: where it divides, as shares of the run."""
     batch_size: int = 512
     """Rows of the global batch, over all ranks."""
     epochs: float = 10_000.0

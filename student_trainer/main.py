@@ -23,22 +23,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from student_trainer import world  # noqa: E402
 from student_trainer.config import Config, override  # noqa: E402
 from student_trainer.recipes import RECIPES  # noqa: E402
+from student_trainer.tiny import make_parts, tiny  # noqa: E402
 
 
-def parse(args: list[str]) -> Config:
-    """The recipe's config with the command line's settings."""
+def parse(args: list[str]) -> tuple[Config, bool]:
+    """The recipe's config with the command line's settings, and whether it was made tiny."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", metavar="NAME")
+    parser.add_argument("--tiny", action="store_true")
     chosen, rest = parser.parse_known_args(args)
     if chosen.recipe not in RECIPES:
         wrong = f"no recipe is called {chosen.recipe!r}" if chosen.recipe else "which recipe? give --recipe NAME"
         sys.exit(f"{wrong}; there are:\n  " + "\n  ".join(RECIPES))
-    return override(RECIPES[chosen.recipe](), rest)
+    config = RECIPES[chosen.recipe].config
+    return override(tiny(config) if chosen.tiny else config, rest), chosen.tiny
 
 
 def main() -> None:
     """Run a recipe. Exit code 1, with a sentence and no traceback, for what the caller can mend."""
-    config = parse(sys.argv[1:])
+    config, is_tiny = parse(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # After the settings are known to be right: these import torch and DALI.
     from student_trainer.local_teacher import TeacherDiedError
@@ -51,6 +54,10 @@ def main() -> None:
     expected = ValueError, OSError, TeacherError, TeacherDiedError, StoreGoneError, PictureError, NonFiniteLossError
     with world.join(config.device) as processes:
         try:
+            if is_tiny:
+                if processes.is_main:
+                    make_parts(config)
+                processes.barrier()
             summary = train(config, processes)
         except expected as error:
             logging.getLogger("funmatch").debug("where it happened", exc_info=True)

@@ -24,17 +24,13 @@ def num_steps(epochs: float, num_train: int, batch_size: int) -> int:
     return max(1, round(epochs * num_train / batch_size))
 
 
-# BiT-HyperRule divides the learning rate by ten at these shares of the run (big_transfer bit_hyperrule.py).
-_STAIRS = 0.3, 0.6, 0.9
-
-
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """s(t) = min(1, t / warmup) * decay(t), with p = clip((t - warmup) / (num_steps - warmup), 0, 1):
 
         cosine      (1 + cos(pi * p)) / 2
         quadratic   (1 - p)^2
-        staircase   1, 0.1, 0.01, 0.001 from 0, 30, 60, 90 % of num_steps on
+        staircase   divided by 10 after each of `stairs`, shares of num_steps (big_transfer bit_hyperrule.py)
 
     t counts the updates done before this one: the first update has s(0) = 0 and only fills Adam's moments.
     """
@@ -44,6 +40,7 @@ class Schedule:
     warmup_steps: int
     """Steps of linear warm-up (paper: 1500 for the small data sets, 5000 for ImageNet); 0 for none."""
     decay: Literal["cosine", "quadratic", "staircase"] = "cosine"
+    stairs: tuple[float, ...] = (0.3, 0.6, 0.9)
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps < self.num_steps:
@@ -56,7 +53,7 @@ class Schedule:
         """Return s(step), for step = 0, 1, ..., num_steps - 1; zero from num_steps on, but for stairs."""
         warmup = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         if self.decay == "staircase":
-            return warmup * 0.1 ** sum(step >= share * self.num_steps for share in _STAIRS)
+            return warmup * 0.1 ** sum(step > share * self.num_steps for share in self.stairs)
         progress = (step - self.warmup_steps) / (self.num_steps - self.warmup_steps)
         progress = min(1.0, max(0.0, progress))
         if self.decay == "quadratic":

@@ -90,7 +90,12 @@ def train(config: Config, world: World) -> dict[str, Any]:
         share = config.optim.batch_size // world.size
         first_row, last_row = world.rank * share, (world.rank + 1) * share
         total_steps = num_steps(config.optim.epochs, len(plan.samples), config.optim.batch_size)
-        schedule = Schedule(num_steps=total_steps, warmup_steps=config.optim.warmup_steps, decay=config.optim.decay)
+        schedule = Schedule(
+            num_steps=total_steps,
+            warmup_steps=config.optim.warmup_steps,
+            decay=config.optim.decay,
+            stairs=config.optim.stairs,
+        )
         rendering = Rendering(
             size=config.student.size, interpolation=config.student.interpolation, antialias=config.student.antialias
         )

