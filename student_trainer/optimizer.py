@@ -94,7 +94,10 @@ def _shampoo(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Op
     """Shampoo as in appendix D: blocks of 128, inverse roots at every step, Nesterov momentum.
 
     The appendix names neither learning rate, nor betas, nor grafting. Here the length of each layer's step is that of
-    RMSProp, and momentum is a mean: Adam's lengths, so that Adam's learning rates keep their meaning.
+    RMSProp, and momentum is a mean: Adam's lengths, so that Adam's learning rates keep their meaning. But for the
+    start: RMSProp's mean of squares begins at 0 and nothing corrects it, so steps are 1 / sqrt(1 - 0.999^t) times as
+    long, 3.2 times after 100, 1.1 after the appendix's warm-up of 1800. Do not shorten that without a smaller lr.
+    The library takes the direction, too, from RMSProp in the first 24 updates.
     """
     return _Shampoo(
         groups,
@@ -166,19 +169,17 @@ class _Shampoo(ScalableShampoo):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Undo `state_dict`: let the library make its objects, and fill them."""
         super().load_state_dict({**state_dict, "state": {}})
-        if not state_dict["state"]:
-            return
         parameters = [p for group in self.param_groups for p in group["params"]]
+        saved = {parameters[number]: state for number, state in state_dict["state"].items()}
         for p in parameters:
-            p.grad = torch.zeros_like(p)  # the library makes state for parameters with a gradient
+            p.grad = torch.zeros_like(p) if p in saved else None  # the library makes state where there is a gradient
         for group in self.param_groups:
             self.init_group(group)
-        for number, p in enumerate(parameters):
+        for p, state in saved.items():
             p.grad = None
-            saved = state_dict["state"][number]
-            self.state[p]["momentum"].copy_(saved["momentum"])
+            self.state[p]["momentum"].copy_(state["momentum"])
             for owner, name in _SHAMPOO_TENSORS:
-                _copy_into(getattr(self.state[p][owner], name), saved[f"{owner}.{name}"])
+                _copy_into(getattr(self.state[p][owner], name), state[f"{owner}.{name}"])
 
 
 def _copy_into(own: Any, saved: Any) -> None:

@@ -88,3 +88,17 @@ def test_stairs_divide_by_ten_at_30_60_and_90_percent():
     schedule = Schedule(num_steps=500, warmup_steps=50, decay="staircase")
     expected = {0: 0.0, 25: 0.5, 50: 1.0, 150: 1.0, 151: 0.1, 300: 0.1, 301: 0.01, 450: 0.01, 451: 0.001, 499: 0.001}
     assert {step: schedule(step) for step in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("supports", "stairs"), [
+    ([100, 200, 300, 400, 500], (0.4, 0.6, 0.8)),
+    ([500, 3000, 6000, 9000, 10_000], (0.3, 0.6, 0.9)),
+    ([500, 6000, 12_000, 18_000, 20_000], (0.3, 0.6, 0.9)),
+])  # fmt: skip
+def test_stairs_are_those_of_bit_hyperrule_at_every_step(supports, stairs):
+    warmup, *borders, steps = supports
+    schedule = Schedule(num_steps=steps, warmup_steps=warmup, decay="staircase", stairs=stairs)
+    for step in range(steps):
+        passed = sum(border < step for border in borders)
+        expected = step / warmup if step < warmup else 10.0**-passed
+        assert schedule(step) == pytest.approx(expected), step
