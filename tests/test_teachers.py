@@ -6,7 +6,6 @@ at a time goes through the network.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -17,38 +16,18 @@ import torch
 
 import models
 import reference_render
-from conftest import NUM_CLASSES, photograph
+from conftest import NUM_CLASSES, photograph, serve
 from data_prep.index import Index
 from data_prep.prepare import prepare
 from student_trainer.config import Config, DataConfig, OptimConfig, StudentConfig, TeacherConfig
 from student_trainer.teacher_client import TeacherRefusedError
 from student_trainer.train import train
 from student_trainer.world import World
-from teacher_server.config import Config as ServerConfig
-from teacher_server.server import create_server
 from views.draw import Plan, ViewLaw
 from views.setting import FixedViews, ViewSetting
 from views.view import Rows
 
 BATCH, STEPS = 8, 3
-
-
-@pytest.fixture(scope="module")
-def large_model(tmp_path_factory) -> Path:
-    """A second teacher of the same classes, for views of 48 pixels."""
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = models.create("resnetv2_14x05_bit", NUM_CLASSES)
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                torch.nn.init.normal_(parameter, float(name.endswith("weight")), 0.4)
-        torch.nn.init.normal_(model.head.fc.weight, 0.0, 0.15)
-    card = models.ModelCard(
-        architecture="resnetv2_14x05_bit", num_classes=NUM_CLASSES, size=48, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)
-    )
-    path = tmp_path_factory.mktemp("large") / "large.safetensors"
-    models.save(path, model, card)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -62,24 +41,6 @@ def other_pictures(tmp_path_factory) -> Path:
         photograph(rng, *rng.integers(40, 100, 2)).save(path, quality=90)
     prepare("folder", folder / "others", folder / "prepared", workers=1, progress=False)
     return folder / "prepared"
-
-
-@contextlib.contextmanager
-def serve(*teachers: tuple[Path, Path]):
-    """Servers of (model, data set); yields their addresses."""
-    servers = []
-    try:
-        for model, *data in teachers:
-            server, address = create_server(
-                ServerConfig(model=str(model), data=tuple(data), address="127.0.0.1:0", device="cpu", batch_rows=8,
-                             threads=1)
-            )  # fmt: skip
-            servers.append((server, address))
-            server.load()
-        yield tuple(address for _, address in servers)
-    finally:
-        for server, _ in servers:
-            server.drain()
 
 
 def a_run(data: Path, addresses: tuple[str, ...], folder: Path, **settings) -> Config:
