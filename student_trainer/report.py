@@ -1,8 +1,8 @@
-"""What happened in a run, as one picture and one table: `python -m student_trainer.report RUN_DIR`.
+"""What happened in runs: `python -m student_trainer.report RUN [RUN ...]`.
 
-Reads what the loop left in the run's folder (metrics.jsonl, summary.json, first_batch.png) and writes
-report.png beside it; nothing is computed anew. It works on a run that is still going, or was killed (then
-without the table), and on a supervised one (then without the teacher's half).
+Reads what the loop left in a run's folder (record.py) and computes nothing anew. For one run, report.png beside its
+record, and a table; for one or several, a page (report_page.py) with curves against epochs (curves.py). It works on
+runs that are still going, or were killed, and on supervised ones (then without the teacher's half).
 
 Rejected: a page of TensorBoard links. A picture can be put into a README and looks the same in a year.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 from numpy.typing import NDArray
 
 from student_trainer import metrics
+from student_trainer.curves import draw_study, train_kl
+from student_trainer.record import Run, Series, series
+from student_trainer.report_page import write_page
+from views.setting import SETTINGS
 
 # Okabe and Ito's palette, distinguishable in all common kinds of colour blindness. One colour, one meaning.
 _STUDENT, _TEACHER, _CLOSENESS = "#0072B2", "#D55E00", "#009E73"
@@ -43,24 +46,6 @@ _TABLE = (
     ("images_per_s", "images/s", "{:,.1f}"),
     ("view_mismatch_max", "largest view mismatch", "{:g} of 255"),
 )
-
-
-@dataclass(frozen=True)
-class Series:
-    """One measured quantity over the run: its steps and values, both [P]; P may be 0."""
-
-    step: NDArray[np.float64]
-    value: NDArray[np.float64]
-
-    def __bool__(self) -> bool:
-        return len(self.step) > 0
-
-
-def series(lines: Sequence[Mapping[str, Any]], name: str) -> Series:
-    """The points at which `name` was measured and finite (metrics.jsonl has null where it was not)."""
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
-    return Series(array[:, 0], array[:, 1])
 
 
 def print_table(summary: Mapping[str, Any]) -> None:
@@ -264,21 +249,73 @@ def _short(step: float, _: int | None = None) -> str:
     return f"{step / 1e3:g}k" if abs(step) >= 1e4 else f"{step:,g}"
 
 
+def study(folder: Path) -> tuple[Path, Path]:
+    """Draw FOLDER/study.png and write FOLDER/study.md from the runs FOLDER/SETTING/seed_N.
+
+    Raises:
+        ValueError: no such runs.
+    """
+    found: dict[str, list[Run]] = {}
+    for setting in SETTINGS:
+        runs = [Run(path.parent) for path in sorted((folder / setting.replace("/", "_")).glob("seed_*/metrics.jsonl"))]
+        if runs:
+            found[setting] = runs
+    if not found:
+        raise ValueError(f"no runs {folder}/SETTING/seed_N, with / written as _: settings are {', '.join(SETTINGS)}")
+    draw_study(found, folder / "study.png")
+    (folder / "study.md").write_text(_study_table(found), encoding="utf-8")
+    return folder / "study.png", folder / "study.md"
+
+
+def _study_table(grouped: Mapping[str, Sequence[Run]]) -> str:
+    """Markdown: one line a view setting, best first."""
+
+    def mean(runs: Sequence[Run], name: str) -> float:
+        values = [value for run in runs if (value := run.last(name)) is not None]
+        return sum(values) / len(values) if values else float("nan")
+
+    lines = [
+        "| setting | top-1, each seed | mean | agreement | KL on test pictures | KL on training views |",
+        "|---|---|---|---|---|---|",
+    ]
+    for setting, runs in sorted(grouped.items(), key=lambda item: -mean(item[1], "eval/student_top1")):
+        each = ", ".join(f"{run.last('eval/student_top1') or 0:.2%}" for run in runs)
+        kls = [kl for run in runs if (kl := train_kl(run)) is not None]
+        fit = f"{sum(kls) / len(kls):.3f}" if kls else ""
+        lines.append(
+            f"| {setting} | {each} | {mean(runs, 'eval/student_top1'):.2%} | {mean(runs, 'eval/agreement_top1'):.2%} | "
+            f"{mean(runs, 'eval/kl'):.3f} | {fit} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the picture and print the table of one run."""
+    """Report on one run or several: a page, pictures, and for one run its table."""
     parser = argparse.ArgumentParser(prog="python -m student_trainer.report", description=main.__doc__)
-    parser.add_argument("run_dir", type=Path, help="folder of the run, such as runs/demo")
-    run_dir: Path = parser.parse_args(arguments).run_dir
+    parser.add_argument("run_dir", nargs="*", type=Path, help="folders of runs, such as runs/demo")
+    parser.add_argument("--out", type=Path, help="where report.html and curves.png go; default: the first run's folder")
+    parser.add_argument("--study", type=Path, metavar="FOLDER", help="draw the consistency study of FOLDER instead")
+    args = parser.parse_args(arguments)
     try:
-        path = draw(run_dir)
+        if args.study:
+            print(*study(args.study), sep="\n")
+            return
+        if not args.run_dir:
+            parser.error("which runs? give their folders")
+        if len(args.run_dir) == 1:
+            print(f"picture: {draw(args.run_dir[0])}")
+            _print_summary(args.run_dir[0])
+        print(f"page: {write_page(args.run_dir, args.out or args.run_dir[0])}")
     except ValueError as error:
         parser.error(str(error))
+
+
+def _print_summary(run_dir: Path) -> None:
     summary = run_dir / "summary.json"
     if summary.exists():
         print_table(json.loads(summary.read_text(encoding="utf-8")))
     else:
         print("no summary.json: the run has not finished")
-    print(f"picture: {path}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 import json
 import math
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from student_trainer.contact_sheet import first_batch_sheet
+from student_trainer.curves import together
 from student_trainer.metrics import Metrics
-from student_trainer.report import bands, draw, main, print_table, series
+from student_trainer.record import Run, groups, series
+from student_trainer.report import bands, draw, main, print_table
 
 SUMMARY = {
     "teacher_top1": 0.985,
@@ -121,3 +124,108 @@ def test_the_sheet_refuses_arrays_that_do_not_belong_together(tmp_path):
         first_batch_sheet(tmp_path / "a.png", views, views[:3], [""] * 4)
     with pytest.raises(ValueError, match="3 captions for 4 rows"):
         first_batch_sheet(tmp_path / "a.png", views, None, [""] * 3)
+
+
+def a_run(folder, seed=0, setting="same/ic", num_steps=40, top1=0.4, facts=True, **settings):
+    """A run's folder as the loop leaves it, without its pictures."""
+    folder.mkdir(parents=True)
+    settings = {"recipe": "flowers102/funmatch/10k", "seed": seed, "views.setting": setting, "optim.batch_size": 64,
+                "optim.lr": 0.003, "run_dir": str(folder)} | settings  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(settings))
+    if facts:
+        (folder / "run.json").write_text(json.dumps({"num_train": 128, "steps": num_steps}))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, num_steps + 1):
+            line = {"step": step, "loss": 1 / step, "kl": 1 / step, "images_per_s": 128.0, "teacher_wait_s": 0.02,
+                    "data_wait_s": 0.001}  # fmt: skip
+            if step % 10 == 0:
+                line |= {"eval/student_top1": top1 * step / num_steps + 0.01 * seed, "eval/teacher_top1": 0.9,
+                         "eval/agreement_top1": 0.5, "eval/kl": 1.0}  # fmt: skip
+            file.write(json.dumps(line) + "\n")
+    if num_steps == 40:
+        summary = {"student_top1": top1, "teacher_top1": 0.9, "agreement_top1": 0.5, "kl": 1.0, "steps": num_steps}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+class Page(HTMLParser):
+    """The text of a page's table cells, and its pictures; fails on a tag that is closed wrongly."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.cells, self.pictures, self._open = [], [], []
+        self.feed(path.read_text())
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.pictures.append(dict(attrs))
+        elif tag not in ("meta",):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+
+def test_a_page_about_several_runs_has_curves_finals_differences_speed_and_views(tmp_path, capsys):
+    runs = [
+        a_run(tmp_path / "a", setting="same/ic", top1=0.5),
+        a_run(tmp_path / "b", setting="same/ic+mix", top1=0.6),
+        a_run(tmp_path / "c", setting="same/ic+mix", seed=1, top1=0.61),
+    ]
+    Image.new("RGB", (20, 10)).save(runs[0] / "first_batch.png")
+    main([*map(str, runs), "--out", str(tmp_path / "out")])
+    assert f"page: {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
+    page = Page(tmp_path / "out" / "report.html")
+    for cell in ("50.00%", "60.00%", "92.83%", "90.00%", "views.setting", "seed", "128.0", "500 ms", "20.0 ms"):
+        assert cell in page.cells, cell
+    assert "optim.lr" not in page.cells, "the same in all runs"
+    assert "run_dir" not in page.cells, "where a run lies is no difference of the experiment"
+    assert [picture["src"][:22] for picture in page.pictures] == ["data:image/png;base64,"] * 2
+    assert "no first_batch.png" in (tmp_path / "out" / "report.html").read_text()
+    assert is_drawn(tmp_path / "out" / "curves.png")
+
+
+def test_runs_of_two_seeds_are_one_curve_with_a_band(tmp_path):
+    runs = [Run(a_run(tmp_path / f"s{seed}", seed=seed)) for seed in (0, 2)]
+    runs += [Run(a_run(tmp_path / "other", setting="ind/ic"))]
+    grouped = groups(runs)
+    assert {label: len(members) for label, members in grouped.items()} == {"same/ic": 2, "ind/ic": 1}
+    mean, least, greatest = together(grouped["same/ic"], "eval/student_top1")
+    assert mean.step.tolist() == [5.0, 10.0, 15.0, 20.0], "epochs: 64 of 128 pictures a step"
+    np.testing.assert_allclose(greatest.value - least.value, 0.02)
+    np.testing.assert_allclose(mean.value, (greatest.value + least.value) / 2)
+
+
+def test_a_page_is_made_of_runs_that_miss_files_or_go_on(tmp_path):
+    going_on = a_run(tmp_path / "going_on", num_steps=15)
+    bare = a_run(tmp_path / "bare", facts=False, recipe="nobody's")
+    (bare / "config.json").unlink()
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    record(labels, 20, with_teacher=False)
+    main([str(going_on), str(bare), str(labels), "--out", str(tmp_path / "out")])
+    page = Page(tmp_path / "out" / "report.html")
+    assert {"15, not finished", "20, not finished"} <= set(page.cells)
+    assert "without config.json" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_study_draws_every_setting_it_finds_and_ranks_them(tmp_path, capsys):
+    for setting, top1 in (("fix/cc", 0.3), ("same/ic+mix", 0.5), ("ind/rc", 0.4)):
+        for seed in (0, 1):
+            a_run(tmp_path / setting.replace("/", "_") / f"seed_{seed}", seed=seed, setting=setting, top1=top1)
+    main(["--study", str(tmp_path)])
+    assert is_drawn(tmp_path / "study.png")
+    table = (tmp_path / "study.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| same/ic+mix", "| ind/rc", "| fix/cc"]
+    assert "| same/ic+mix | 50.00%, 51.00% | 50.50% | 50.00% | 1.000 |" in table[2]
+
+
+def test_a_study_without_runs_is_refused_in_a_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--study", str(tmp_path)])
+    assert "no runs" in capsys.readouterr().err
