@@ -1,0 +1,223 @@
+"""A sweep over a tiny grid, with real trials and a real teacher, killed in the middle and shared by two workers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from student_trainer import sweep as room
+from student_trainer.recipes import RECIPES
+from student_trainer.sweep import Point, evaluate_weights, parse
+from student_trainer.world import World
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 12
+GRID = [Point(lr, 0.0003, T) for lr in (0.001, 0.01) for T in (1.0, 5.0)]
+
+
+def command(data: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "student_trainer.sweep", "digits/demo", "--grid", "lr=0.001,0.01", "wd=0.0003", "T=1,5",
+        "--report-on=train", "--heartbeat-s=1", f"--data={data}", f"--run-dir={run_dir}",
+        "--student.architecture=test_byobnet", "--student.size=32", "--optim.batch-size=16",
+        f"--optim.epochs={STEPS * 16 / 18}", "--optim.warmup-steps=2", "--device=cpu", "--checkpoint-every=3",
+        "--evaluate-every=0", "--decode-threads=1", "--teacher.audit-every=0", *more,
+    ]  # fmt: skip
+
+
+def start(args: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        args, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == code, output[-4000:]
+    return output
+
+
+def lines(run_dir: Path) -> list[dict]:
+    path = run_dir / "metrics.jsonl"
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []  # the last line may be half-written
+    return [json.loads(line) for line in whole]
+
+
+def wait_until(process: subprocess.Popen, true: object) -> None:
+    deadline = time.monotonic() + 150
+    while not true():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
+        time.sleep(0.01)
+
+
+def begun(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.glob("trials/*"), key=lambda folder: folder.stat().st_ctime)
+
+
+def starts(folder: Path) -> int:
+    """How often a trial's process came so far as to train."""
+    return (folder / "trial.log").read_text().count("rank 0 of 1")
+
+
+def processes_of(run_dir: Path) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if f"--run-dir={run_dir}/trials/".encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_model, tiny_data, tmp_path_factory):
+    """A sweep with a teacher of its own, killed in its second trial; then two workers at once, one of which has a
+    teacher's address. Returns its folder, the folder of the trial that was killed, the finished one's start count
+    before, and what the workers said.
+    """
+    run_dir = tmp_path_factory.mktemp("sweep") / "run"
+    first = start(command(tiny_data, run_dir, f"--teacher.model={tiny_model}"))
+    wait_until(first, lambda: len(begun(run_dir)) == 2 and len(lines(begun(run_dir)[1])) >= 5)
+    killed = begun(run_dir)[1]
+    first.kill()
+    first.communicate()
+    deadline = time.monotonic() + 20
+    while processes_of(run_dir):
+        assert time.monotonic() < deadline, "the trial outlived its worker"
+        time.sleep(0.05)
+    workers = [start(command(tiny_data, run_dir, f"--teacher.model={tiny_model}")) for _ in range(2)]
+    return run_dir, killed, [finish(worker) for worker in workers]
+
+
+def test_every_trial_ran_once_and_the_killed_one_went_on_from_its_checkpoint(swept):
+    run_dir, killed, _ = swept
+    folders = {run_dir / "trials" / point.name for point in GRID}
+    assert set(begun(run_dir)) == folders
+    assert {folder: starts(folder) for folder in folders} == {folder: 1 + (folder == killed) for folder in folders}
+    assert "going on from step 3" in (killed / "trial.log").read_text()
+    for folder in folders:
+        assert [line["step"] for line in lines(folder)] == list(range(1, STEPS + 1)), "no step twice"
+        config = json.loads((folder / "config.json").read_text())
+        found = config["optim.lr"], config["optim.weight_decay"], config["optim.temperature"]
+        assert Point(*found).name == folder.name
+
+
+def test_the_best_on_one_split_is_chosen_and_evaluated_on_the_other(swept, tiny_data):
+    run_dir, _, outputs = swept
+    record = json.loads((run_dir / "sweep.json").read_text())
+    top1 = {
+        point: json.loads((run_dir / "trials" / point.name / "summary.json").read_text())["student_top1"]
+        for point in GRID
+    }
+    assert [trial["top1"] for trial in record["trials"]] == list(top1.values())
+    best = max(GRID, key=lambda point: top1[point])  # max takes the first of equal ones
+    assert Path(record["best"]["run_dir"]).name == best.name
+    assert record["report"]["examples"] == 18, "all of the other split"
+    for output in outputs:
+        assert f"top-1 of the chosen on train: {record['report']['student_top1']:.2%}" in output
+        assert "<- chosen" in output
+    said = "".join(outputs)
+    assert "[4/4]" in said and said.count("top-1 on val") == 2
+
+
+def test_weights_evaluated_afterwards_score_as_they_did_in_their_run(swept, tiny_data):
+    run_dir, _, _ = swept
+    sweep = parse(command(tiny_data, run_dir)[3:])
+    for point in GRID:
+        folder = sweep.folder(point)
+        score = evaluate_weights(sweep.config, folder / "model.safetensors", "val", World())
+        summary = json.loads((folder / "summary.json").read_text())
+        assert score["student_top1"] == summary["student_top1"]
+        assert score["student_xent"] == pytest.approx(summary["student_xent"], rel=1e-5)
+
+
+def test_all_trials_asked_the_teacher_beside_their_worker(swept):
+    run_dir, _, _ = swept
+    for point in GRID:
+        assert not list((run_dir / "trials" / point.name).glob("teacher*.log")), "a trial started one of its own"
+
+
+def test_a_finished_sweep_says_its_table_again_and_starts_no_teacher(swept, tiny_data):
+    run_dir, _, _ = swept
+    output = finish(start(command(tiny_data, run_dir)))  # no teacher is given: none is needed
+    assert "<- chosen" in output and "trial lr_" not in output
+
+
+def test_a_sweep_goes_on_with_its_own_settings_only(swept, tiny_data):
+    run_dir, _, _ = swept
+    output = finish(start(command(tiny_data, run_dir, "--seed=3")), code=1)
+    assert "seed: 0 then, 3 now" in output and "Traceback" not in output
+
+
+def test_a_loss_that_is_no_number_is_a_result_and_another_failure_ends_the_sweep(tiny_data, tmp_path):
+    """From labels, which needs no teacher and has no temperature."""
+    labels = [arg for arg in command(tiny_data, tmp_path / "run", "--targets=labels") if not arg.startswith("T=")]
+    diverging = [arg.replace("lr=0.001,0.01", "lr=0.001,1e30") for arg in labels]
+    output = finish(start([*diverging, "--student.weights=absent.safetensors"]), code=1)
+    assert "no such weight file: absent.safetensors" in output and "lr_1e+30" not in output
+    output = finish(start(diverging))
+    assert "lr_1e+30_wd_0.0003_T_2: diverged" in output and "lr_0.001_wd_0.0003_T_2: top-1" in output
+    record = json.loads((tmp_path / "run" / "sweep.json").read_text())
+    assert [trial["top1"] is None for trial in record["trials"]] == [False, True]
+
+
+def test_a_point_that_is_queued_twice_is_run_once(tiny_data, tmp_path, monkeypatch):
+    """Two workers that start at the same moment may both queue all points."""
+    sweep = parse(command(tiny_data, tmp_path)[3:])
+    with pytest.warns(room.optuna.exceptions.ExperimentalWarning):
+        study = room.open_study(sweep)
+        for point in GRID:
+            study.enqueue_trial({}, user_attrs={"lr": point.lr, "wd": point.wd, "T": point.T})
+        ran = []
+        monkeypatch.setattr(room, "run_trial", lambda _sweep, point, _addresses: ran.append(point) or 0.5)
+        room.run_trials(sweep, study, ())
+    assert sorted(ran) == GRID
+
+
+def test_the_grid_is_the_papers_unless_told_otherwise():
+    whole = parse(["flowers102/funmatch/10k"]).grid
+    assert len(set(whole)) == len(whole) == 4 * 5 * 4
+    chosen = RECIPES["flowers102/funmatch/10k"].config.optim
+    assert Point(chosen.lr, chosen.weight_decay, chosen.temperature) in whole
+    assert parse(["pets/funmatch/1k", "--grid", "T=1", "wd=1e-3,1e-5"]).grid[:2] == (
+        Point(0.0003, 1e-05, 1.0), Point(0.0003, 1e-03, 1.0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["pets/funmatch/7"], "no recipe is called 'pets/funmatch/7'"),
+        (["pets/funmatch/1k", "--grid", "lr=fast"], "numbers with commas between"),
+        (["pets/funmatch/1k", "--grid", "lr=-1"], "greater than 0"),
+        (["pets/funmatch/1k", "--grid", "momentum=1"], "give each of lr=, wd= and T= once"),
+        (["pets/funmatch/1k", "--optim.lr=0.5"], "give --grid lr=0.5"),
+        (["pets/scratch", "--grid", "T=2"], "has no temperature"),
+        (["pets/funmatch/1k", "--optim.leaning-rate=0.5"], "unknown setting --optim.leaning-rate"),
+    ],
+)
+def test_a_wrong_command_ends_with_a_sentence(args, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        parse(args)
+
+
+def test_ctrl_c_saves_the_trial_and_hands_it_back(tiny_data, tiny_model, tmp_path):
+    args = [arg for arg in command(tiny_data, tmp_path / "run", f"--teacher.model={tiny_model}") if arg[:3] != "lr="]
+    process = start([*args, "--grid", "lr=0.001", "wd=0.0003", "T=1", f"--optim.epochs={400 * 16 / 18}"])
+    folder = tmp_path / "run" / "trials" / GRID[0].name
+    wait_until(process, lambda: lines(folder))
+    process.send_signal(signal.SIGINT)
+    output = finish(process, code=1)
+    assert "stopped; the same command goes on from here" in output and "Traceback" not in output
+    assert "stopped at step" in (folder / "trial.log").read_text()
+    assert not processes_of(tmp_path / "run")
