@@ -48,6 +48,14 @@ demo: .venv/installed ## the main job on a small data set: prepare, train a teac
 		--teacher.model $(DEMO)/teacher/model.safetensors
 	@echo "what happened: $(DEMO)/report.png; the numbers: $(DEMO)/summary.json"
 
+.PHONY: study
+study: .venv/installed ## the consistency study on Flowers102: all view settings, two seeds (hours on two cores)
+	$(BIN)/python -m data_prep.prepare flowers102 --out runs/data/flowers102 $(if $(SOURCE),--source $(SOURCE))
+	OMP_NUM_THREADS=1 $(BIN)/python student_trainer/main.py --recipe flowers102/laptop_study_teacher \
+		--run-dir runs/study/teacher $(if $(WEIGHTS),--student.weights $(WEIGHTS))
+	$(BIN)/python -m benchmarks.study --data runs/data/flowers102 --teacher runs/study/teacher/model.safetensors \
+		--out runs/study
+
 .PHONY: lock
 lock: .venv/installed ## resolve requirements.lock anew from pyproject.toml
 	printf 'torch==2.14.1\ntorchvision==0.29.1\n' > build-constraints.txt
