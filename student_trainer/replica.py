@@ -91,7 +91,7 @@ class Replica:
     def _ask(self, part: Part) -> float | None:
         """Send one part. None: answered; otherwise seconds to pause before the next (0: the usual back-off)."""
         try:
-            reply = self._stub.Predict(part.request, timeout=self._fleet.deadline_s)
+            reply = self._stub.Predict(part.request, timeout=part.deadline_s)
             self._fleet.deliver(self._address, part, reply)
             return None
         except grpc.RpcError as error:

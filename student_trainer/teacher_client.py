@@ -73,6 +73,7 @@ class Part:
     start: int = field(compare=False)  # of its answers among the batch's
     num_answers: int = field(compare=False)
     num_audits: int = field(compare=False)
+    deadline_s: float = field(compare=False)
     failures: int = field(compare=False, default=0)
 
 
@@ -82,8 +83,9 @@ class Answer:
     recomputed = 0
     """Rows that a store should have had (teachers.py): a live answer has none."""
 
-    def __init__(self, fleet: Fleet, num_answers: int, num_parts: int) -> None:
+    def __init__(self, fleet: Fleet, num_answers: int, num_parts: int, more_patience_s: float) -> None:
         self._fleet = fleet
+        self._more_patience_s = more_patience_s
         self._logits = np.empty((num_answers, fleet.description.num_classes), dtype=np.float32)
         self._audit: Audit | None = None
         self._missing = num_parts
@@ -102,7 +104,7 @@ class Answer:
             while self._missing and self._error is None:
                 self._changed.wait(timeout=1.0)
                 if self._missing and self._error is None:
-                    self._fleet.check_patience(self._asked)
+                    self._fleet.check_patience(self._asked, self._more_patience_s)
             if self._error is not None:
                 raise self._error
             return self._logits
@@ -148,7 +150,8 @@ class Fleet:
             transport: how pictures travel; None chooses by what the first teacher offers.
             rows_per_request: largest part of a batch, in rows.
             window: requests in flight per replica.
-            deadline_s: seconds after which a request goes to another replica.
+            deadline_s: seconds after which a request of rows_per_request rows goes to another replica; a larger one
+                (ask: mean_of) gets as many times more.
             patience_s: seconds without any answer after which the run gives up.
 
         Raises:
@@ -208,8 +211,9 @@ class Fleet:
                 f"{self.description.max_rows}: start it with --max-rows {mean_of} or more"
             )
         at_once = max(1, self._rows_per_request // mean_of) * mean_of
+        deadline_s = self._deadline_s * max(1.0, at_once / self._rows_per_request)
         starts = range(0, len(rows), at_once)
-        answer = Answer(self, len(rows) // mean_of, len(starts))
+        answer = Answer(self, len(rows) // mean_of, len(starts), more_patience_s=deadline_s - self._deadline_s)
         for start in starts:
             stop = min(start + at_once, len(rows))
             request = self._request(rows, start, stop, picture, pixels)
@@ -219,8 +223,8 @@ class Fleet:
             if audits:
                 request.audit.CopyFrom(to_message(np.arange(audits, dtype=np.int32)))
                 request.audit_pixels = audit_pixels
-            part = slice(start // mean_of, stop // mean_of)
-            self._queue.put(Part(next(self._numbers), request, answer, part.start, part.stop - part.start, audits))
+            first, num_answers = start // mean_of, (stop - start) // mean_of
+            self._queue.put(Part(next(self._numbers), request, answer, first, num_answers, audits, deadline_s))
         return answer
 
     def _request(
@@ -254,13 +258,15 @@ class Fleet:
         """Largest part of a batch, in rows."""
         return self._rows_per_request
 
-    def check_patience(self, asked: float = 0.0) -> None:
+    def check_patience(self, asked: float = 0.0, more_s: float = 0.0) -> None:
         """Raise TeachersGoneError when nobody has answered for too long.
 
-        asked: time.monotonic() of the question, before which there may have been nothing to answer.
+        Args:
+            asked: time.monotonic() of the question, before which there may have been nothing to answer.
+            more_s: patience beyond patience_s, for a question that is larger than most.
         """
         silent_s = time.monotonic() - max(self._last_answer, asked)
-        if silent_s > self._patience_s:
+        if silent_s > self._patience_s + more_s:
             raise TeachersGoneError(
                 f"no teacher has answered for {silent_s:.0f} s (--teacher.patience_s). Last words:\n"
                 + "\n".join(f"  {address}: {words}" for address, words in self._last_words.items())
@@ -367,7 +373,7 @@ class Fleet:
 
     @property
     def deadline_s(self) -> float:
-        """Of every call, in seconds."""
+        """Of an ordinary call, in seconds."""
         return self._deadline_s
 
 

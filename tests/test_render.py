@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from decoded_files import files_decoded
 from reference_render import decode
 from reference_render import render as slow_render
 from views.mix import mix
@@ -191,34 +192,57 @@ def test_gpu_views_differ_from_cpu_views_within_the_stated_bound():
     assert (cpu - gpu).abs().max() <= MAX_PIXEL_DIFFERENCE["cuda"]
 
 
-def many_boxes(num: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def turned(orientation: int, height: int, width: int) -> np.ndarray:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return picture(height, width, 10 + orientation, exif=exif, quality=90)
+
+
+MANY_KINDS = [
+    *PICTURES,
+    picture(61, 87, 6, quality=80, subsampling=1),
+    picture(77, 45, 7, mode="L", file_format="PNG"),
+    picture(52, 51, 8, file_format="WEBP", lossless=True),
+    *(turned(orientation, 41 + orientation, 60) for orientation in range(2, 9)),
+]
+
+
+def many_boxes(num: int, seed: int, pictures: list[np.ndarray] = PICTURES) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Random boxes of all the pictures, many of each."""
     rng = np.random.default_rng(seed)
-    sizes = np.array([decode(one).shape[:2] for one in PICTURES])
-    image = rng.integers(0, len(PICTURES), num).astype(np.int32)
+    sizes = np.array([decode(one).shape[:2] for one in pictures])
+    image = rng.integers(0, len(pictures), num).astype(np.int32)
     h, w = rng.integers(1, sizes[image, 0] + 1), rng.integers(1, sizes[image, 1] + 1)
     y, x = rng.integers(0, sizes[image, 0] - h + 1), rng.integers(0, sizes[image, 1] - w + 1)
     return image, np.stack([y, x, h, w], axis=1).astype(np.int32), rng.random(num) < 0.5
 
 
 def test_a_picture_decoded_once_for_many_views_gives_the_pixels_of_each_box_decoded_alone():
-    image, box, flip = many_boxes(400, 1)
+    image, box, flip = many_boxes(1000, 1, MANY_KINDS)
     renderer = Renderer(Rendering(size=32), 64, None, 2)
-    together = renderer.render(PICTURES, image, box, flip)
-    for start in range(0, 400, 5):  # five views of five pictures, each its own file, share nothing
-        five = slice(start, start + 5)
-        alone = renderer.render([PICTURES[i] for i in image[five]], np.arange(5, dtype=np.int32), box[five], flip[five])
-        assert torch.equal(together[five], alone)
+    together = renderer.render(MANY_KINDS, image, box, flip)
+    files = [MANY_KINDS[i] for i in image]  # one for each view: nothing is shared
+    alone = renderer.render(files, np.arange(1000, dtype=np.int32), box, flip)
+    for view in range(1000):
+        assert torch.equal(together[view], alone[view]), f"box {box[view]} of picture {image[view]}"
 
 
-def test_many_views_of_one_picture_decode_it_once(monkeypatch):
-    decoded = []
-    keep = Renderer._array
-    monkeypatch.setattr(Renderer, "_array", lambda self, output: decoded.append(1) or keep(self, output))
+def test_many_views_of_one_picture_decode_it_once():
     image, box, flip = many_boxes(1000, 2)
     order = np.argsort(image, kind="stable")
-    Renderer(Rendering(size=16), 128, None, 2).render(PICTURES, image[order], box[order], flip[order])
-    assert len(decoded) == len(PICTURES)
+    with files_decoded() as files:
+        Renderer(Rendering(size=16), 128, None, 2).render(PICTURES, image[order], box[order], flip[order])
+    assert files == [one.tobytes() for one in PICTURES]
+
+
+def test_the_count_of_decoded_files_counts_each_time_where_nothing_is_shared():
+    """As the renderer did for all views before; or the test above would say little."""
+    image, box, flip = many_boxes(40, 2)
+    with files_decoded() as files:
+        Renderer(Rendering(size=16), 16, None, 2).render(
+            [PICTURES[i] for i in image], np.arange(40, dtype=np.int32), box, flip
+        )
+    assert files == [PICTURES[i].tobytes() for i in image]
 
 
 def test_a_bad_box_or_picture_among_many_views_is_named_and_the_renderer_lives_on():
@@ -226,10 +250,11 @@ def test_a_bad_box_or_picture_among_many_views_is_named_and_the_renderer_lives_o
     renderer = Renderer(Rendering(size=16), 64, None, 2)
     good = renderer.render(PICTURES, image, box, flip)
     outside = box.copy()
-    outside[77] = (0, 0, 500, 500)
-    with pytest.raises(BadPictureError, match="leaves the picture") as raised:
-        renderer.render(PICTURES, image, outside, flip)
-    assert raised.value.view == 77
+    for bad in ((0, 0, 500, 500), (2**31 - 1, 0, 2**31 - 1, 1), (-1, 0, 3, 3), (0, 0, 0, 5)):
+        outside[77] = bad
+        with pytest.raises(BadPictureError, match="leaves the picture") as raised:
+            renderer.render(PICTURES, image, outside, flip)
+        assert raised.value.view == 77
     noise = [*PICTURES[:4], np.frombuffer(b"no picture at all", np.uint8)]
     with pytest.raises(BadPictureError, match="does not decode") as raised:
         renderer.render(noise, image, box, flip)

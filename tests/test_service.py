@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 import models
 import reference_render
 from data_prep.index import Index
+from decoded_files import files_decoded
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import from_message, to_message
@@ -774,13 +775,29 @@ def test_many_views_of_a_picture_are_averaged_as_a_slow_computation_averages_the
 
 def test_an_average_equals_that_of_its_rows_asked_one_by_one(client, index):
     rows = crops(10).rows(np.array([5, 6]), index.height, index.width)
+    one_by_one = [client.logits(ask_by_reference(rows.take(row, row + 1), index.digest)) for row in range(20)]
+    every = np.concatenate(one_by_one).astype(np.float64).reshape(2, 10, 6)
     request = ask_by_reference(rows, index.digest)
-    every = client.logits(request).astype(np.float64).reshape(2, 10, 6)
     ask_for_mean(request, 10, "logits")
     np.testing.assert_allclose(client.logits(request), every.mean(axis=1), atol=1e-6)
     ask_for_mean(request, 10, "probabilities")
     p = np.exp(every) / np.exp(every).sum(-1, keepdims=True)
     np.testing.assert_allclose(client.logits(request), np.log(p.mean(axis=1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("ask", ["reference", "encoded"])
+def test_a_picture_of_many_views_travels_once_and_is_decoded_once(tiny_data, tiny_model, index, ask):
+    """1000 crops, as in the paper: one file in the request, one in the decoder; the reply is one row."""
+    rows = crops(1000).rows(np.array([3]), index.height, index.width)
+    request = ask_by_reference(rows, index.digest) if ask == "reference" else ask_encoded(rows, files(index, rows))
+    ask_for_mean(request, 1000, "probabilities")
+    (picture,) = files(index, rows)
+    assert request.ByteSize() < 30_000 + len(picture), "30 bytes a view, and at most one file"
+    config = Config(model=str(tiny_model), data=(tiny_data,), address="127.0.0.1:0", device="cpu", threads=1,
+                    batch_rows=100, gate_images=8)  # fmt: skip
+    with serving(config) as (_, client), files_decoded() as decoded:
+        assert client.logits(request).shape == (1, 6)
+    assert decoded == [picture]
 
 
 def test_the_mean_of_probabilities_stays_finite_where_the_teacher_is_certain():

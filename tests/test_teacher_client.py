@@ -285,6 +285,17 @@ def test_more_views_than_a_teacher_takes_in_a_request_are_refused_with_the_cure(
             teachers.ask(rows, mean_of=3000)
 
 
+def test_many_rows_that_must_travel_together_get_as_much_more_time():
+    """50 rows where 5 are usual: 10 s until another teacher is asked, and not 1; and patience does not end before."""
+    sizes = np.full(500, 90, np.int32)
+    rows = FixedViews(law=ViewLaw(crop="ic", mixup=False), num_views=50).rows(np.arange(1), sizes, sizes)
+    slow = ScriptedTeacher(delay_s=3.5)
+    with serving(slow) as address, fleet(address, rows_per_request=5, deadline_s=1, patience_s=2) as teachers:
+        answer = teachers.ask(rows, mean_of=50).result()
+        assert teachers.retries == 0
+    np.testing.assert_array_equal(answer, averaged(expected_logits(rows), 50))
+
+
 def test_patience_counts_from_the_question_and_not_from_the_last_answer():
     """A run of fixed targets asks nothing for hours; then a slow answer is no reason to give up."""
     with serving(ScriptedTeacher(delay_s=2.5)) as address, fleet(address, patience_s=4) as teachers:

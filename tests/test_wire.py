@@ -1,12 +1,14 @@
 """Rows as messages and back, and what is refused before any picture is read."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from protos import teacher_pb2 as pb
 from protos.arrays import from_message, to_message
 from views.view import Rows
-from views.wire import ask_by_reference, ask_encoded, ask_pixels, read_question
+from views.wire import ask_by_reference, ask_encoded, ask_for_mean, ask_pixels, read_question
 
 
 def rows() -> Rows:
@@ -128,3 +130,50 @@ def test_rows_with_a_partner_outside_cannot_be_made():
             sample=np.array([1]), box=np.ones((1, 4), np.int32), flip=np.zeros(1, bool),
             partner=int32(1), lam=np.ones(1, np.float32),
         )  # fmt: skip
+
+
+def alone(num_rows: int) -> Rows:
+    """Views of one picture, not mixed."""
+    return Rows(
+        sample=np.full(num_rows, 7),
+        box=np.tile(np.array([0, 0, 5, 6], np.int32), (num_rows, 1)),
+        flip=np.zeros(num_rows, np.bool_),
+        partner=np.arange(num_rows, dtype=np.int32),
+        lam=np.ones(num_rows, np.float32),
+    )
+
+
+def averaging(mean_of: int, average: int, rows: Rows | None = None) -> pb.PredictRequest:
+    request = ask_by_reference(rows or alone(6), "abc")
+    request.mean_of, request.average = mean_of, average
+    return request
+
+
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+def test_what_is_averaged_survives_the_wire(average):
+    request = ask_by_reference(alone(6), "abc")
+    ask_for_mean(request, 3, average)
+    question = read_question(pb.PredictRequest.FromString(request.SerializeToString()), size=8)
+    assert (question.mean_of, question.average) == (3, average)
+    assert question.sample.tolist() == [7], "the picture is named once"
+
+
+@pytest.mark.parametrize("mean_of", [0, 1])
+def test_a_mean_of_none_or_one_is_no_mean(mean_of):
+    assert read_question(averaging(mean_of, pb.AVERAGE_UNSPECIFIED, rows()), size=8).mean_of == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda r: averaging(4, pb.LOGITS, r), "6 rows cannot be averaged 4 at a time"),
+        (lambda r: averaging(2**32 - 1, pb.LOGITS, r), "6 rows cannot be averaged 4294967295 at a time"),
+        (lambda r: averaging(3, pb.AVERAGE_UNSPECIFIED, r), "mean_of needs average"),
+        (lambda r: averaging(3, 9, r), "mean_of needs average"),
+        (lambda r: averaging(3, pb.LOGITS, replace(r, lam=np.float32([1, 1, 1, 1, 0.5, 1]))), "row 4: .* not mixed"),
+        (lambda r: averaging(3, pb.LOGITS, replace(r, partner=np.int32([0, 1, 1, 3, 4, 5]))), "row 2: .* not mixed"),
+    ],
+)
+def test_rows_that_cannot_be_averaged_are_refused_with_the_reason(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        read_question(change(alone(6)), size=8)
