@@ -1,6 +1,7 @@
 """A run as it lies in its folder, read back: settings, facts, lines, summary; and which runs differ by seed alone.
 
-Only reading lives here. A run that is still going, was killed, or lost a file, is read as far as it goes.
+Only reading lives here. A run that is still going, was killed, or lost a file, is read as far as it goes, and
+`missing` says what it lacks. Rejected: loading into pandas; a few columns of one file need no tables.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,9 @@ _NOT_WHAT = (
     "teacher.rows_per_request", "teacher.window", "teacher.deadline_s", "teacher.patience_s", "teacher.audit_every",
     "teacher.audit_views", "teacher.transport",
 )  # fmt: skip
+
+
+Unit = Literal["epoch", "step"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,10 @@ class Run:
     folder: Path
 
     def __post_init__(self) -> None:
-        if not self.lines:
-            raise ValueError(f"no {metrics.FILE} with a line in {self.folder}: is it the folder of a run?")
+        if not self.lines and not self.settings:
+            raise ValueError(
+                f"no {metrics.FILE} with a line and no config.json in {self.folder}: is it the folder of a run?"
+            )
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
@@ -79,16 +86,42 @@ class Run:
         """The settings that make this run another one than others: not its seed, not where it ran."""
         return {name: value for name, value in self.settings.items() if name not in (*_NOT_WHAT, "seed")}
 
-    def over_epochs(self, name: str) -> Series:
-        """A quantity over epochs; over steps if the record does not say how many pictures there were."""
-        measured = series(self.lines, name)
-        return Series(measured.step * self.epochs_per_step, measured.value)
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end: the loop writes summary.json last."""
+        return bool(self.summary)
 
     @property
-    def epochs_per_step(self) -> float:
-        """1 where it is not known."""
+    def steps(self) -> int:
+        """Steps done so far, as far as they were logged."""
+        return int(self.lines[-1]["step"]) if self.lines else 0
+
+    @property
+    def missing(self) -> list[str]:
+        """Files that a finished run has and this one has not."""
+        expected = ("config.json", "run.json", metrics.FILE, "first_batch.png", "summary.json")
+        return [file for file in expected if not (self.folder / file).exists()]
+
+    @property
+    def epochs_per_step(self) -> float | None:
+        """What one step is in epochs: counted in pictures or, without run.json, the settings' epochs over all steps.
+
+        None where neither is on record.
+        """
         num_train, batch = self.facts.get("num_train"), self.settings.get("optim.batch_size")
-        return batch / num_train if num_train and batch else 1.0
+        if num_train and batch:
+            return float(batch / num_train)
+        epochs, steps = self.settings.get("optim.epochs"), self.summary.get("steps")
+        return float(epochs / steps) if epochs and steps else None
+
+    def over(self, unit: Unit, name: str) -> Series:
+        """A quantity over epochs or over steps."""
+        measured = series(self.lines, name)
+        if unit == "step" or not measured:
+            return measured
+        if self.epochs_per_step is None:
+            raise ValueError(f"{self.folder} has no number of pictures (run.json): it can be drawn over steps only")
+        return Series(measured.step * self.epochs_per_step, measured.value)
 
     def last(self, name: str) -> float | None:
         """The last value of a quantity."""
@@ -102,7 +135,22 @@ class Run:
 
     def _json(self, file: str) -> dict[str, Any]:
         path = self.folder / file
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}); a report can do without it: move it away") from error
+
+
+def evaluated(runs: Sequence[Run]) -> list[Run]:
+    """Those that have been evaluated at least once: only these have curves."""
+    return [run for run in runs if run.last("eval/student_top1") is not None]
+
+
+def unit_of(runs: Sequence[Run]) -> Unit:
+    """What the curves of these runs can be drawn over: epochs, or steps if one does not say what its epochs are."""
+    return "epoch" if all(run.epochs_per_step is not None for run in evaluated(runs)) else "step"
 
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
@@ -114,22 +162,29 @@ def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs that differ in their seed alone belong together: a name for each group -> its runs."""
-    names = [name for name in differing(runs) if name != "seed"]
-    # A recipe's name says what its settings are; else the settings say it.
-    told = ["recipe"] if "recipe" in names and _tells_apart(runs, ["recipe"], names) else names
+    told = _telling([run for run in runs if run.settings])
     grouped: dict[str, list[Run]] = {}
     for run in runs:
-        label = ", ".join(_say(name, run.settings.get(name)) for name in told) or run.folder.resolve().name
-        grouped.setdefault(label, []).append(run)
+        label = ", ".join(_say(name, run.settings.get(name)) for name in told)
+        grouped.setdefault(label if run.settings else str(run.folder), []).append(run)
     return grouped
 
 
-def _tells_apart(runs: Sequence[Run], few: Sequence[str], many: Sequence[str]) -> bool:
-    def distinct(names: Sequence[str]) -> int:
-        return len({json.dumps([run.settings.get(name) for name in names]) for run in runs})
+def _telling(runs: Sequence[Run]) -> list[str]:
+    """The recipe and the fewest other settings, the first of them, that tell apart what all settings tell apart."""
+    names = [name for name in differing(runs) if name != "seed"]
+    others = [name for name in names if name != "recipe"]
+    recipe = ["recipe"] if "recipe" in names or not names else []
+    for num in range(4):
+        for few in combinations(others, num):
+            if _num_kinds(runs, [*recipe, *few]) == _num_kinds(runs, names):
+                return [*recipe, *few]
+    return names
 
-    return distinct(few) == distinct(many)
+
+def _num_kinds(runs: Sequence[Run], names: Sequence[str]) -> int:
+    return len({json.dumps([run.settings.get(name) for name in names]) for run in runs})
 
 
 def _say(name: str, value: Any) -> str:
-    return str(value) if name in ("recipe", "views.setting") else f"{name.rpartition('.')[2]} {value}"
+    return str(value) if name in ("recipe", "views.setting") else f"{name.removeprefix('optim.')} {value}"

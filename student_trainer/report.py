@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 from numpy.typing import NDArray
 
 from student_trainer import metrics
-from student_trainer.curves import draw_study, train_kl
+from student_trainer.curves import best_first, draw_study, final_top1, train_kl
 from student_trainer.record import Run, Series, series
 from student_trainer.report_page import write_page
 from views.setting import SETTINGS
@@ -255,9 +255,9 @@ def study(folder: Path) -> tuple[Path, Path]:
     Raises:
         ValueError: no such runs.
     """
-    found: dict[str, list[Run]] = {}
+    found = {}
     for setting in SETTINGS:
-        runs = [Run(path.parent) for path in sorted((folder / setting.replace("/", "_")).glob("seed_*/metrics.jsonl"))]
+        runs = [Run(path.parent) for path in sorted((folder / setting.replace("/", "_")).glob("seed_*/config.json"))]
         if runs:
             found[setting] = runs
     if not found:
@@ -268,25 +268,40 @@ def study(folder: Path) -> tuple[Path, Path]:
 
 
 def _study_table(grouped: Mapping[str, Sequence[Run]]) -> str:
-    """Markdown: one line a view setting, best first."""
-
-    def mean(runs: Sequence[Run], name: str) -> float:
-        values = [value for run in runs if (value := run.last(name)) is not None]
-        return sum(values) / len(values) if values else float("nan")
-
+    """Markdown: one line a view setting, best first. Means are of the runs that have finished."""
     lines = [
         "| setting | top-1, each seed | mean | agreement | KL on test pictures | KL on training views |",
         "|---|---|---|---|---|---|",
     ]
-    for setting, runs in sorted(grouped.items(), key=lambda item: -mean(item[1], "eval/student_top1")):
-        each = ", ".join(f"{run.last('eval/student_top1') or 0:.2%}" for run in runs)
-        kls = [kl for run in runs if (kl := train_kl(run)) is not None]
-        fit = f"{sum(kls) / len(kls):.3f}" if kls else ""
-        lines.append(
-            f"| {setting} | {each} | {mean(runs, 'eval/student_top1'):.2%} | {mean(runs, 'eval/agreement_top1'):.2%} | "
-            f"{mean(runs, 'eval/kl'):.3f} | {fit} |"
-        )
+    for setting, runs in best_first(grouped).items():
+        finished = [run for run in runs if run.finished]
+        cells = [
+            setting,
+            ", ".join(_top1_of(run) for run in runs),
+            _mean([final_top1(runs)], "{:.2%}"),
+            _mean([run.last("eval/agreement_top1") for run in finished], "{:.2%}"),
+            _mean([run.last("eval/kl") for run in finished], "{:.3f}"),
+            _mean([train_kl(run) for run in finished], "{:.3f}"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    every = [run for runs in grouped.values() for run in runs]
+    teachers = sorted({f"{top1:.2%}" for run in every if (top1 := run.last("eval/teacher_top1")) is not None})
+    budgets = sorted({f"{run.steps:,}" for run in every if run.finished})
+    lines += ["", f"Teacher: {', '.join(teachers) or 'not measured'}. Steps: {', '.join(budgets) or 'none finished'}."]
+    if any(not run.finished for run in every):
+        lines.append("In parentheses: runs that have not finished; means leave them out.")
     return "\n".join(lines) + "\n"
+
+
+def _top1_of(run: Run) -> str:
+    top1 = run.last("eval/student_top1")
+    text = "none yet" if top1 is None else f"{top1:.2%}"
+    return text if run.finished else f"({text}, step {run.steps:,})"
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    return form.format(sum(known) / len(known)) if known else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -302,10 +317,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         if not args.run_dir:
             parser.error("which runs? give their folders")
-        if len(args.run_dir) == 1:
+        page = write_page(args.run_dir, args.out or args.run_dir[0])
+        if len(args.run_dir) == 1 and metrics.read(args.run_dir[0]):
             print(f"picture: {draw(args.run_dir[0])}")
             _print_summary(args.run_dir[0])
-        print(f"page: {write_page(args.run_dir, args.out or args.run_dir[0])}")
+        print(f"page: {page}")
     except ValueError as error:
         parser.error(str(error))
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from student_trainer.config import settings
 from student_trainer.curves import draw_curves
 from student_trainer.recipes import RECIPES
-from student_trainer.record import Run, differing, groups
+from student_trainer.record import Run, differing, evaluated, groups, unit_of
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em; }
@@ -23,14 +25,7 @@ th { border-bottom: 1px solid #999; font-weight: 600 } td:first-child, th:first-
 tr:nth-child(even) td { background: #f6f6f6 } img { max-width: 100% } .note { color: #666 } .wide { overflow-x: auto }
 """
 
-# Column, key of summary.json, how to write it.
-_FINALS = (
-    ("student top-1", "student_top1", "{:.2%}"),
-    ("teacher top-1", "teacher_top1", "{:.2%}"),
-    ("agreement", "agreement_top1", "{:.2%}"),
-    ("KL, nats", "kl", "{:.4f}"),
-    ("steps", "steps", "{:,.0f}"),
-)
+_NAMED_CHANGES = 3  # settings that the table of results names; the others are counted
 
 
 def write_page(folders: Sequence[Path], out: Path) -> Path:
@@ -49,10 +44,12 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="note">{len(runs)} run{"s" if len(runs) > 1 else ""}; made by '
         f"<code>python -m student_trainer.report {html.escape(' '.join(map(str, folders)))}</code></p>",
-        "<h2>Against epochs</h2>",
-        _image(out / "curves.png", "accuracy, agreement and KL against epochs"),
+        f"<h2>Against {unit_of(runs)}s</h2>",
+        _image(out / "curves.png", f"accuracy, agreement and KL against {unit_of(runs)}s"),
+        *_about_epochs(runs, names),
         "<h2>In the end</h2>",
         _finals(runs, names),
+        *_missing(runs, names),
         "<h2>What differs</h2>",
         _differences(runs, names),
         "<h2>Speed, and waiting for the teacher</h2>",
@@ -79,29 +76,74 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return [str(run.folder) for run in runs]
 
 
+def _about_epochs(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """How the horizontal axis was come by, where it was not counted in pictures."""
+    drawn = {name: run for run, name in zip(runs, names, strict=True) if evaluated([run])}
+    unknown = [name for name, run in drawn.items() if run.epochs_per_step is None]
+    if unknown:
+        return [_note(f"In steps, not epochs: no number of pictures (run.json) is on record for {', '.join(unknown)}.")]
+    derived = [name for name, run in drawn.items() if not run.facts.get("num_train")]
+    if derived:
+        return [_note(f"Without run.json, epochs are those of the settings over all steps: {', '.join(derived)}.")]
+    return []
+
+
 def _finals(runs: Sequence[Run], names: Sequence[str]) -> str:
     rows = []
     for run, name in zip(runs, names, strict=True):
         recipe = RECIPES.get(str(run.settings.get("recipe")))
-        paper = f"{recipe.expected:.2f}%" if recipe and recipe.expected else ""
-        cells = [form.format(run.summary[key]) if run.summary.get(key) is not None else "" for _, key, form in _FINALS]
-        if not run.summary:
-            cells[-1] = f"{run.lines[-1]['step']:,}, not finished"
-            last = run.last("eval/student_top1")
-            cells[0] = f"{last:.2%}" if last is not None else ""
-        rows.append([name, *cells[:1], paper, *cells[1:]])
-    header = ["run", _FINALS[0][0], "the paper's", *(column for column, _, _ in _FINALS[1:])]
+        rows.append([
+            name,
+            _last(run, "student_top1", "{:.2%}"),
+            f"{recipe.expected:.2f}%" if recipe and recipe.expected else "",
+            _changes(run),
+            _last(run, "teacher_top1", "{:.2%}"),
+            _last(run, "agreement_top1", "{:.2%}"),
+            _last(run, "kl", "{:.4f}"),
+            f"{run.steps:,}" + ("" if run.finished else ", not finished"),
+        ])  # fmt: skip
+    header = [
+        "run", "student top-1", "the paper's, for the recipe", "changed from the recipe", "teacher top-1", "agreement",
+        "KL, nats", "steps",
+    ]  # fmt: skip
     return _table(header, rows)
 
 
+def _last(run: Run, name: str, form: str) -> str:
+    value = run.last(f"eval/{name}")
+    return "" if value is None else form.format(value)
+
+
+def _changes(run: Run) -> str:
+    """Settings that the run has not from its recipe: with them, the paper's number is of another experiment."""
+    recipe = RECIPES.get(str(run.settings.get("recipe")))
+    if not recipe:
+        return "no such recipe here" if run.settings else "not known"
+    given = json.loads(json.dumps(settings(recipe.config)))
+    changed = [name for name, value in run.what.items() if name in given and value != given[name]]
+    more = len(changed) - _NAMED_CHANGES
+    return ", ".join(changed[:_NAMED_CHANGES]) + (f" and {more} more" if more > 0 else "") or "nothing"
+
+
+def _missing(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    lacking = [f"{name}: {', '.join(run.missing)}" for run, name in zip(runs, names, strict=True) if run.missing]
+    return [_note("Not in the folders, so not told here. " + "; ".join(lacking) + ".")] if lacking else []
+
+
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
-    missing = [name for run, name in zip(runs, names, strict=True) if not run.settings]
-    note = f'<p class="note">without config.json: {html.escape(", ".join(missing))}</p>' if missing else ""
-    found = differing([run for run in runs if run.settings])
+    known = [(run, name) for run, name in zip(runs, names, strict=True) if run.settings]
+    found = differing([run for run, _ in known])
     if not found:
-        return note + "<p>Nothing: " + ("one run." if len(runs) == 1 else "the settings are the same.") + "</p>"
-    with_settings = [name for run, name in zip(runs, names, strict=True) if run.settings]
-    return note + _table(["setting", *with_settings], [[name, *map(str, values)] for name, values in found.items()])
+        return "<p>Nothing: " + ("one run." if len(known) < 2 else "the settings are the same.") + "</p>"
+    own = [[name, *(_plain(values[i]) for values in found.values())] for i, (_, name) in enumerate(known)]
+    table = [["run", *found], *own]
+    if len(found) > len(known):  # the longer side goes down the page
+        table = [list(column) for column in zip(*table, strict=True)]
+    return _table(table[0], table[1:])
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _speed(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -115,13 +157,17 @@ def _speed(runs: Sequence[Run], names: Sequence[str]) -> str:
             + [f"{1000 * wait:,.1f} ms" if wait is not None else "" for wait in waits]
         )
     header = ["run", "images/s", "a step", "of it waiting for pictures", "for the teacher"]
-    return _table(header, rows) + '<p class="note">Medians over the run.</p>'
+    return _table(header, rows) + _note("Medians over the run.")
 
 
 def _views(run: Run, name: str) -> str:
     sheet = run.folder / "first_batch.png"
-    seen = _image(sheet, f"the first batch of {name}") if sheet.exists() else '<p class="note">no first_batch.png</p>'
+    seen = _image(sheet, f"the first batch of {name}") if sheet.exists() else _note("no first_batch.png")
     return f"<h3>{html.escape(name)}</h3>{seen}"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
 
 
 def _image(path: Path, what: str) -> str:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from html.parser import HTMLParser
@@ -6,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from student_trainer.config import settings
 from student_trainer.contact_sheet import first_batch_sheet
-from student_trainer.curves import together
+from student_trainer.curves import together, whole_and_short
 from student_trainer.metrics import Metrics
-from student_trainer.record import Run, groups, series
+from student_trainer.recipes import RECIPES
+from student_trainer.record import Run, Series, groups, series, unit_of
 from student_trainer.report import bands, draw, main, print_table
 
 SUMMARY = {
@@ -149,26 +152,34 @@ def a_run(folder, seed=0, setting="same/ic", num_steps=40, top1=0.4, facts=True,
 
 
 class Page(HTMLParser):
-    """The text of a page's table cells, and its pictures; fails on a tag that is closed wrongly."""
+    """The rows of a page's tables, and its pictures; fails on a tag that is closed wrongly."""
 
     def __init__(self, path):
         super().__init__()
-        self.cells, self.pictures, self._open = [], [], []
+        self.rows, self.pictures, self._open = [], [], []
         self.feed(path.read_text())
         assert not self._open
+
+    @property
+    def cells(self):
+        return [cell for row in self.rows for cell in row]
 
     def handle_starttag(self, tag, attrs):
         if tag == "img":
             self.pictures.append(dict(attrs))
-        elif tag not in ("meta",):
+        elif tag != "meta":
             self._open.append(tag)
+            if tag == "tr":
+                self.rows.append([])
+            elif tag in ("td", "th"):
+                self.rows[-1].append("")
 
     def handle_endtag(self, tag):
         assert self._open.pop() == tag
 
     def handle_data(self, data):
         if self._open and self._open[-1] in ("td", "th"):
-            self.cells.append(data)
+            self.rows[-1][-1] += data
 
 
 def test_a_page_about_several_runs_has_curves_finals_differences_speed_and_views(tmp_path, capsys):
@@ -195,23 +206,99 @@ def test_runs_of_two_seeds_are_one_curve_with_a_band(tmp_path):
     runs += [Run(a_run(tmp_path / "other", setting="ind/ic"))]
     grouped = groups(runs)
     assert {label: len(members) for label, members in grouped.items()} == {"same/ic": 2, "ind/ic": 1}
-    mean, least, greatest = together(grouped["same/ic"], "eval/student_top1")
+    mean, least, greatest = together([run.over("epoch", "eval/student_top1") for run in grouped["same/ic"]])
     assert mean.step.tolist() == [5.0, 10.0, 15.0, 20.0], "epochs: 64 of 128 pictures a step"
     np.testing.assert_allclose(greatest.value - least.value, 0.02)
     np.testing.assert_allclose(mean.value, (greatest.value + least.value) / 2)
+
+
+def test_two_seeds_of_one_setting_alone_are_one_curve_too(tmp_path):
+    runs = [Run(a_run(tmp_path / f"seed_{seed}", seed=seed)) for seed in (0, 1)]
+    assert list(groups(runs)) == ["flowers102/funmatch/10k"]
+
+
+def test_groups_are_named_by_the_recipe_and_by_no_more_settings_than_needed(tmp_path):
+    runs = [
+        Run(a_run(tmp_path / "a", setting="same/ic", recipe="one", **{"optim.lr": 0.1})),
+        Run(a_run(tmp_path / "b", setting="ind/ic", recipe="two", **{"optim.lr": 0.2})),
+        Run(a_run(tmp_path / "c", setting="ind/ic", recipe="two", **{"optim.lr": 0.3, "optim.temperature": 2.0})),
+    ]
+    assert list(groups(runs)) == ["one, lr 0.1", "two, lr 0.2", "two, lr 0.3"]
+
+
+def test_runs_evaluated_at_different_epochs_are_averaged_where_all_have_been(tmp_path):
+    first = Series(np.array([1.0, 2.0, 4.0]), np.array([0.1, 0.2, 0.4]))
+    second = Series(np.array([2.0, 3.0, 4.0]), np.array([0.4, 0.4, 0.6]))
+    mean, least, greatest = together([first, second])
+    assert mean.step.tolist() == [2, 3, 4]
+    np.testing.assert_allclose(mean.value, [0.3, 0.35, 0.5])
+    np.testing.assert_allclose([least.value, greatest.value], [[0.2, 0.3, 0.4], [0.4, 0.4, 0.6]])
+
+
+def test_a_run_that_is_behind_its_group_is_a_line_of_its_own():
+    done, behind = (Series(np.arange(1.0, end), np.ones(end - 1)) for end in (9, 5))
+    never = Series(np.zeros(0), np.zeros(0))
+    whole, short = whole_and_short([behind, never, done])
+    assert [one.step[-1] for one in whole] == [8] and [one.step[-1] for one in short] == [4]
+
+
+def test_epochs_are_counted_in_pictures_or_follow_from_the_settings_or_are_steps(tmp_path):
+    counted = Run(a_run(tmp_path / "counted"))
+    derived = Run(a_run(tmp_path / "derived", facts=False, **{"optim.epochs": 10}))
+    neither = Run(a_run(tmp_path / "neither", facts=False, num_steps=20, **{"optim.epochs": 10}))
+    begun = Run(a_run(tmp_path / "begun", facts=False, num_steps=5))
+    ends = [run.over(unit_of([run]), "eval/kl").step[-1] for run in (counted, derived, neither)]
+    assert ends == [20.0, 10.0, 20.0], "64 of 128 pictures a step, 40 steps; 10 epochs; 20 steps"
+    assert unit_of([counted, derived, begun]) == "epoch", "what has no curve needs no epochs"
+    assert unit_of([counted, neither]) == "step"
+    main([str(counted.folder), str(derived.folder), "--out", str(tmp_path / "out")])
+    assert "epochs are those of the settings over all steps: derived." in (tmp_path / "out/report.html").read_text()
+    main([str(counted.folder), str(neither.folder), "--out", str(tmp_path / "out")])
+    assert "is on record for neither." in (tmp_path / "out/report.html").read_text()
 
 
 def test_a_page_is_made_of_runs_that_miss_files_or_go_on(tmp_path):
     going_on = a_run(tmp_path / "going_on", num_steps=15)
     bare = a_run(tmp_path / "bare", facts=False, recipe="nobody's")
     (bare / "config.json").unlink()
+    begun = a_run(tmp_path / "begun", num_steps=0)
+    (begun / "metrics.jsonl").unlink()
     labels = tmp_path / "labels"
     labels.mkdir()
     record(labels, 20, with_teacher=False)
-    main([str(going_on), str(bare), str(labels), "--out", str(tmp_path / "out")])
+    main([*map(str, (going_on, bare, begun, labels)), "--out", str(tmp_path / "out")])
     page = Page(tmp_path / "out" / "report.html")
-    assert {"15, not finished", "20, not finished"} <= set(page.cells)
-    assert "without config.json" in (tmp_path / "out" / "report.html").read_text()
+    assert {"15, not finished", "20, not finished", "0, not finished"} <= set(page.cells)
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "bare: config.json, run.json, first_batch.png" in text
+    assert "begun: metrics.jsonl, first_batch.png, summary.json" in text
+
+
+def test_a_run_without_a_line_yet_has_a_page_too(tmp_path, capsys):
+    begun = a_run(tmp_path / "begun", num_steps=0)
+    main([str(begun)])
+    assert capsys.readouterr().out == f"page: {begun / 'report.html'}\n"
+
+
+def test_a_damaged_file_is_named(tmp_path, capsys):
+    damaged = a_run(tmp_path / "damaged")
+    (damaged / "run.json").write_text('{"num_tr')
+    with pytest.raises(SystemExit):
+        main([str(damaged)])
+    assert f"{damaged / 'run.json'} is damaged" in capsys.readouterr().err
+
+
+def test_the_page_says_what_was_changed_from_the_recipe(tmp_path):
+    config = RECIPES["flowers102/funmatch/10k"].config
+    own = dataclasses.replace(config, seed=3, optim=dataclasses.replace(config.optim, lr=0.5))
+    for folder, one in (("as_it_is", config), ("own", own)):
+        a_run(tmp_path / folder, **json.loads(json.dumps(settings(one))))
+    main([str(tmp_path / "as_it_is"), str(tmp_path / "own"), "--out", str(tmp_path / "out")])
+    rows = Page(tmp_path / "out" / "report.html").rows
+    assert [(row[0], row[2], row[3]) for row in rows[1:3]] == [
+        ("as_it_is", "92.83%", "nothing"),
+        ("own", "92.83%", "optim.lr"),
+    ]
 
 
 def test_the_study_draws_every_setting_it_finds_and_ranks_them(tmp_path, capsys):
@@ -221,8 +308,20 @@ def test_the_study_draws_every_setting_it_finds_and_ranks_them(tmp_path, capsys)
     main(["--study", str(tmp_path)])
     assert is_drawn(tmp_path / "study.png")
     table = (tmp_path / "study.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in table[2:]] == ["| same/ic+mix", "| ind/rc", "| fix/cc"]
+    assert [line.split(" | ")[0] for line in table[2:5]] == ["| same/ic+mix", "| ind/rc", "| fix/cc"]
     assert "| same/ic+mix | 50.00%, 51.00% | 50.50% | 50.00% | 1.000 |" in table[2]
+
+
+def test_a_study_that_goes_on_keeps_unfinished_runs_out_of_its_means(tmp_path):
+    for seed, num_steps in ((0, 40), (1, 20), (2, 5)):
+        a_run(tmp_path / "ind_rc" / f"seed_{seed}", seed=seed, setting="ind/rc", num_steps=num_steps, top1=0.3)
+    a_run(tmp_path / "same_rc" / "seed_0", setting="same/rc", num_steps=0)
+    main(["--study", str(tmp_path)])
+    assert is_drawn(tmp_path / "study.png")
+    table = (tmp_path / "study.md").read_text().splitlines()
+    assert table[2].startswith("| ind/rc | 30.00%, (31.00%, step 20), (none yet, step 5) | 30.00% |")
+    assert table[3] == "| same/rc | (none yet, step 0) |  |  |  |  |"
+    assert table[-1].startswith("In parentheses")
 
 
 def test_a_study_without_runs_is_refused_in_a_sentence(tmp_path, capsys):
