@@ -2,7 +2,8 @@
 
 Reads what the loop left in a run's folder (record.py) and computes nothing anew. For one run, report.png beside its
 record, and a table; for one or several, a page (report_page.py) with curves against epochs (curves.py). It works on
-runs that are still going, or were killed, and on supervised ones (then without the teacher's half).
+runs that are still going, or were killed, and on supervised ones (then without the teacher's half). `--study FOLDER`
+draws the consistency study instead, from the runs FOLDER/SETTING/seed_N, with the / of a setting written as _.
 
 Rejected: a page of TensorBoard links. A picture can be put into a README and looks the same in a year.
 """
