@@ -137,7 +137,7 @@ def pack(key: StoreKey, sample: int, logits: NDArray[np.floating[Any]]) -> bytes
 
 def unpack(key: StoreKey, sample: int, value: bytes | None, counts: Counts) -> NDArray[np.float32] | None:
     """The logits of a value, or None; counts it as found, absent or damaged."""
-    if not value or not any(value):  # a hole of a file reads as zeros
+    if value is None or value == bytes(len(value)):  # a hole of a file reads as zeros
         counts.absent += 1
         return None
     body, checksum = value[:-_CHECKSUM_BYTES], value[-_CHECKSUM_BYTES:]
@@ -165,8 +165,9 @@ def unpack_all(
 
 
 def redacted(where: str) -> str:
-    """A store's address without its password, for logs and records."""
-    return re.sub(r"(?<=://)([^:@/]*):[^@]*@", r"\1:***@", where)
+    """A store's address without its passwords, for logs and records. Rather too much is hidden than too little."""
+    where = re.sub(r"(?<=://)([^:@/]*):.*@", r"\1:***@", where)  # to the last @: one may be in the password, unquoted
+    return re.sub(r"(password=)[^&]*", r"\1***", where)  # redis-py takes ?password= and ?ssl_password= too
 
 
 def _checksum(key: StoreKey, sample: int, body: bytes) -> bytes:

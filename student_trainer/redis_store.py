@@ -23,9 +23,10 @@ from student_trainer.logit_store import Counts, StoreGoneError, StoreKey, pack, 
 
 _BUCKET = 128  # samples of a hash
 
-# redis-py would wait 5 s, 11 times over, before it says that a server is gone.
+# redis-py would wait 5 s, 11 times over, before it says that a server is gone. Here a server that hangs is told after
+# three times _TIMEOUT_S; one that forks to save itself may be silent for a second, and is no such case.
 _CONNECT_TIMEOUT_S = 1.0
-_TIMEOUT_S = 5.0
+_TIMEOUT_S = 2.0
 _RETRIES = 2
 
 
@@ -50,8 +51,13 @@ class RedisStore:
                 **({} if url.startswith("unix") else {"socket_connect_timeout": _CONNECT_TIMEOUT_S}),
             )
             self._redis.ping()
-        except (redis.RedisError, ValueError) as error:
+        except redis.RedisError as error:
             raise self._gone(error) from error
+        except ValueError:  # its text may hold a piece of the password
+            raise StoreGoneError(
+                f"{self._name} is no address of a Redis server. Write redis://USER:PASSWORD@HOST:PORT/NUMBER, and in "
+                "a password %2F for /, %3F for ?, %23 for # and %25 for %"
+            ) from None
 
     def get(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """See LogitStore."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -139,6 +140,15 @@ class RedisServer:
         self._process.kill()
         self._process.wait()
         (self._folder / "redis.sock").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def hung(self):
+        """As it is while its machine swaps: connections open, and nobody answers."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def client(self):
         import redis

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from conftest import RedisServer, redis_server_binary
+from student_trainer import redis_store
 from student_trainer.file_store import FileStore
 from student_trainer.logit_store import (
     OVERHEAD_BYTES,
@@ -78,6 +80,7 @@ def test_what_is_put_is_found_by_the_next_who_opens_the_store(where, dtype):
         {"views": ViewSetting(setting="fix/ic_ens", average="logits").fixed},
         {"views": ViewSetting(setting="fix/ic_ens", min_area=0.08).fixed},
         {"num_samples": NUM_SAMPLES + 1},
+        {"num_classes": NUM_CLASSES + 1},
         {"dtype": "float16"},
     ],
 )
@@ -101,6 +104,16 @@ def test_a_flipped_bit_anywhere_is_found_and_counted():
     assert counts == Counts(damaged=8 * len(value))
     assert unpack(key, 5, value[:-1], counts) is None
     assert unpack(key, 5, value, counts) is not None
+
+
+def test_a_value_half_old_and_half_new_is_damaged():
+    """As a kill in the middle of a write may leave it; wherever the middle is."""
+    key, counts = make_key(), Counts()
+    old, new = (pack(key, 5, logits_of(np.array([5]), seed)[0]) for seed in (0, 1))
+    torn = {new[:cut] + old[cut:] for cut in range(len(new))} - {old, new}
+    for value in torn | {new[:cut] + bytes(len(new) - cut) for cut in range(1, len(new))}:
+        assert unpack(key, 5, value, counts) is None
+    assert counts.damaged >= len(new) and counts.absent == counts.found == 0
 
 
 def test_a_value_under_another_samples_name_or_key_is_refused():
@@ -145,6 +158,22 @@ def test_a_file_that_was_cut_is_refused_with_the_cure(tmp_path):
     os.truncate(store.path, 100)
     with pytest.raises(StoreGoneError, match=r"has 100 bytes, 1000 values need \d+.*Delete it"):
         FileStore(tmp_path, make_key())
+
+
+def test_a_write_that_the_system_refuses_is_told_and_leaves_what_was_there(tmp_path):
+    store = FileStore(tmp_path, make_key())
+    store.put(np.arange(10), logits_of(np.arange(10)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 * make_key().value_bytes + 9, hard))  # in the middle of a record
+    try:
+        with pytest.raises(StoreGoneError, match=r"only a part was written.*Make room"):
+            store.put(np.array([99, 100]), logits_of(np.array([99, 100])))
+        with pytest.raises(StoreGoneError, match="Make room"):
+            store.put(np.array([101]), logits_of(np.array([101])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert np.flatnonzero(store.get(np.arange(NUM_SAMPLES))[1]).tolist() == [*range(10), 99]
+    assert store.counts.damaged == 1
 
 
 def test_a_folder_that_cannot_be_made_is_refused_in_a_sentence(tmp_path):
@@ -229,6 +258,19 @@ def test_a_server_that_went_away_is_told_within_seconds(redis_server):
     assert store.get(np.arange(3))[1].all(), "back again, without a new store"
 
 
+def test_a_server_that_hangs_is_told_within_seconds(redis_server, monkeypatch):
+    monkeypatch.setattr(redis_store, "_TIMEOUT_S", 0.2)
+    store = open_store(redis_server.url, make_key())
+    store.put(np.arange(3), logits_of(np.arange(3)))
+    began = time.monotonic()
+    with redis_server.hung(), pytest.raises(StoreGoneError, match=r"Timeout.* Start it again"):
+        store.get(np.arange(3))
+    assert 0.6 < time.monotonic() - began < 3, "three times the timeout"
+    logits, found = store.get(np.arange(3))
+    assert found.all(), "back again, and no answer of before is taken for one of now"
+    np.testing.assert_array_equal(logits, logits_of(np.arange(3)))
+
+
 def test_nobody_there_is_told_at_once():
     began = time.monotonic()
     with pytest.raises(StoreGoneError, match="Start it again"):
@@ -238,8 +280,9 @@ def test_nobody_there_is_told_at_once():
 
 def test_a_full_server_says_that_it_is_full(redis_server):
     store = open_store(redis_server.url, make_key())
-    redis_server.client().config_set("maxmemory", "1mb")
-    redis_server.client().config_set("maxmemory-policy", "noeviction")
+    client = redis_server.client()
+    client.config_set("maxmemory", client.info("memory")["used_memory"] + 20_000)
+    client.config_set("maxmemory-policy", "noeviction")
     with pytest.raises(StoreGoneError, match="raise its maxmemory"):
         for start in range(0, NUM_SAMPLES, 100):
             store.put(np.arange(start, start + 100), logits_of(np.arange(start, start + 100)))
@@ -297,5 +340,15 @@ def test_tls_by_url(tmp_path):
 def test_passwords_are_not_written_down():
     assert redacted("redis://user:pa:ss@host:6379/0") == "redis://user:***@host:6379/0"
     assert redacted("rediss://:secret@host/0") == "rediss://:***@host/0"
+    assert redacted("redis://user:p@ss@host/0") == "redis://user:***@host/0"
+    assert redacted("unix://user:secret@/run/redis.sock?db=1") == "unix://user:***@/run/redis.sock?db=1"
+    assert redacted("rediss://h/0?ssl_password=secret&db=1") == "rediss://h/0?ssl_password=***&db=1"
+    assert redacted("unix:///run/redis.sock?password=secret") == "unix:///run/redis.sock?password=***"
     assert redacted("runs/logits") == "runs/logits"
     assert redacted("redis://host:6379") == "redis://host:6379"
+
+
+def test_an_address_that_cannot_be_read_is_told_without_a_piece_of_the_password():
+    with pytest.raises(StoreGoneError, match=r"no address of a Redis server.*%2F for /") as refused:
+        open_store("redis://user:pi/ece@host/0", make_key())
+    assert "pi" not in str(refused.value) and refused.value.__cause__ is None
