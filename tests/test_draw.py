@@ -137,6 +137,29 @@ def test_lambda_follows_the_larger_half_of_a_beta_distribution(alpha):
     assert lam.min() >= 0.5 and lam.max() <= 1
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_partners_are_neighbours_within_each_group_and_parts_of_a_batch_agree_with_the_whole(groups):
+    plan = make_plan(batch_size=32, mixup_groups=groups)
+    whole = plan.rows(5)
+    expected = np.concatenate([np.roll(part, 1) for part in np.split(np.arange(32), groups)])
+    assert whole.partner.tolist() == expected.tolist()
+    for start, stop in ((0, 8), (8, 32), (3, 21), (31, 32), (4, 8)):
+        assert_same(plan.rows(5, start, stop), whole.take(start, stop))
+
+
+def test_lambda_without_folding_is_the_papers_uniform():
+    plan = make_plan(batch_size=1, fold_lambda=False)
+    lam = [float(plan.rows(step).lam[0]) for step in range(2000)]
+    assert stats.kstest(lam, "uniform").pvalue > 1e-3
+    folded = make_plan(batch_size=1)
+    assert [max(x, 1 - x) for x in lam[:20]] == pytest.approx([float(folded.rows(s).lam[0]) for s in range(20)])
+
+
+def test_groups_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(ValueError, match="3 mixup_groups do not divide a batch of 32 rows"):
+        make_plan(batch_size=32, mixup_groups=3)
+
+
 def test_rows_are_a_pure_function_of_seed_and_step():
     assert_same(make_plan().rows(12345), make_plan().rows(12345))
     other_seed = make_plan(seed=4).rows(12345)

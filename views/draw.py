@@ -57,9 +57,15 @@ class ViewLaw:
     flip: bool = True
     """Mirror with probability 1/2."""
     mixup: bool = True
-    """Mix each row with its neighbour in the global batch: one lambda per step, max(a, 1 - a) of a ~ Beta."""
+    """Mix each row with its neighbour in the batch, by one lambda per step: a ~ Beta."""
     mixup_alpha: float = 1.0
     """Both parameters of the Beta distribution. 1: uniform, as FunMatch has it; BiT's fine-tuning takes 0.1."""
+    fold_lambda: bool = True
+    """lambda is max(a, 1 - a), as in the released code; else a itself, as the paper says: then a row's own view may be
+    the lesser one."""
+    mixup_groups: int = 1
+    """The batch is cut into so many equal groups, and rows are mixed within theirs. 1: over the global batch, as the
+    code of 2024; the number of devices: as that of 2022."""
     min_area: float = 0.05
     """ic: smallest crop, as a share of the picture's area; the largest is the whole picture."""
     keep: float = 128 / 160
@@ -70,6 +76,8 @@ class ViewLaw:
             raise ValueError(f"crop is {self.crop!r}; choose rs, cc, rc or ic")
         if not 0.01 <= self.mixup_alpha <= 1:
             raise ValueError(f"mixup_alpha is {self.mixup_alpha}; it must lie in [0.01, 1]")
+        if self.mixup_groups < 1:
+            raise ValueError(f"mixup_groups is {self.mixup_groups}; it must be at least 1")
         if not 0 < self.min_area <= 1:
             raise ValueError(f"min_area is {self.min_area}; it is a share of the area, in (0, 1]")
         if not 0 < self.keep <= 1:
@@ -101,6 +109,8 @@ class Plan:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
         if not self.samples:
             raise ValueError("the split holds no pictures")
+        if self.law.mixup and self.batch_size % self.law.mixup_groups:
+            raise ValueError(f"{self.law.mixup_groups} mixup_groups do not divide a batch of {self.batch_size} rows")
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> Rows:
         """Rows start..stop-1 of step's global batch (all of them by default), with the partners they need.
@@ -115,13 +125,14 @@ class Plan:
         if not self.law.mixup:
             lam = np.ones(num_rows, dtype=np.float32)
             return self._views(step, own, partner=np.arange(num_rows, dtype=np.int32), lam=lam)
-        # The reference rolls the batch by one: row i is mixed with row i - 1, row 0 with the last.
-        partner = np.arange(-1, num_rows - 1, dtype=np.int32)
-        whole = num_rows == self.batch_size
-        partner[0] = num_rows - 1 if whole else num_rows
-        positions = own if whole else np.append(own, (start - 1) % self.batch_size)
+        # The reference rolls the batch, or each group, by one: a row is mixed with the one before, the first with the
+        # last.
+        group = self.batch_size // self.law.mixup_groups
+        mate = np.where(own % group, own - 1, own + group - 1)
+        outside = np.unique(mate[(mate < start) | (mate >= stop)])
+        partner = np.where((mate < start) | (mate >= stop), num_rows + np.searchsorted(outside, mate), mate - start)
         lam = np.full(num_rows, self._lambda(step), dtype=np.float32)
-        return self._views(step, positions, partner, lam)
+        return self._views(step, np.concatenate([own, outside]), partner.astype(np.int32), lam)
 
     def _views(
         self, step: int, position: NDArray[np.int64], partner: NDArray[np.int32], lam: NDArray[np.float32]
@@ -138,9 +149,8 @@ class Plan:
         )
 
     def _lambda(self, step: int) -> float:
-        # The reference takes max(a, 1 - a): the row's own view is the main one.
         a = _draw_beta(self.law.mixup_alpha, self.seed, step)
-        return max(a, 1 - a)
+        return max(a, 1 - a) if self.law.fold_lambda else a
 
 
 def _draw_beta(alpha: float, seed: int, step: int) -> float:

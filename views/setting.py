@@ -105,6 +105,11 @@ class ViewSetting:
     """rc, cc: the share of a side that the crop keeps."""
     mixup_alpha: float = 1.0
     """+mix: lambda ~ Beta(alpha, alpha), one for a step."""
+    fold_lambda: bool = True
+    """+mix: lambda is max(a, 1 - a) as in the released code; no: a itself, as the paper says."""
+    mixup_groups: int = 1
+    """+mix: 1: partners are neighbours in the global batch, as in the code since 2024; the number of devices: within
+    each device's share, as in that of 2022."""
     num_crops: int = 1000
     """fix/ic_ens: crops of a picture over which the teacher is averaged."""
     average: Average = "probabilities"
@@ -147,8 +152,9 @@ class ViewSetting:
     def _law(self, crop: Crop, mixup: bool) -> ViewLaw:
         flip = self.flip and crop in _MOVING
         return ViewLaw(
-            crop=crop, flip=flip, mixup=mixup, mixup_alpha=self.mixup_alpha, min_area=self.min_area, keep=self.keep
-        )
+            crop=crop, flip=flip, mixup=mixup, mixup_alpha=self.mixup_alpha, fold_lambda=self.fold_lambda,
+            mixup_groups=self.mixup_groups, min_area=self.min_area, keep=self.keep,
+        )  # fmt: skip
 
     def _parts(self) -> tuple[str, str, bool]:
         kind, _, crop = self.setting.partition("/")
