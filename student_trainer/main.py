@@ -2,6 +2,7 @@
 
 torchrun --nproc_per_node=2 student_trainer/main.py --recipe digits/demo --teacher 127.0.0.1:50051
 python student_trainer/main.py --recipe digits/demo --help
+python student_trainer/main.py --recipe imagenet/ensemble/9600 --tiny      # a minute on two cores: see tiny.py
 """
 
 import sys
@@ -23,7 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from student_trainer import world  # noqa: E402
 from student_trainer.config import Config, override  # noqa: E402
 from student_trainer.recipes import RECIPES  # noqa: E402
-from student_trainer.tiny import make_parts, tiny  # noqa: E402
+from student_trainer.tiny import SHRINKS, make_parts, tiny  # noqa: E402
 
 
 def parse(args: list[str]) -> tuple[Config, bool]:
@@ -56,6 +57,7 @@ def main() -> None:
         try:
             if is_tiny:
                 if processes.is_main:
+                    print(SHRINKS, flush=True)
                     make_parts(config)
                 processes.barrier()
             summary = train(config, processes)

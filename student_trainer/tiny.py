@@ -1,11 +1,11 @@
 """`--tiny`: any recipe in a minute on two CPU cores, through the same code, to see that all of it runs.
 
-What shrinks: pictures (scikit-learn's digits; for out of domain, noise), networks (a small BiT, or MobileNetV3 for
-one; teachers with random weights, initial weights drawn on the spot), views (the student's to 32 px, teachers' in
-proportion), crops of an ensemble (8), length (8 steps of 32; 26 for Shampoo). What stays: view setting, targets, kind
-of ensemble, optimizer, schedule's shape, temperature, precision, store, evaluation. The accuracy means nothing.
+SHRINKS, which a tiny run prints, says what is not the recipe's own.
 
-`tiny` changes a config and touches nothing; `make_parts` writes what such a config names, where it is missing.
+A finished one is not run again, like any other run: remove runs/tiny/runs.
+
+`tiny` changes a config and touches nothing; `make_parts` writes what it named, where that is missing, and nothing that
+the command line named instead. A dictionary of tiny recipes beside the real ones was rejected: it would drift.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ from student_trainer.config import Config
 
 FOLDER = Path("runs/tiny")
 """Where data and weights of tiny runs are kept."""
+
+SHRINKS = """\
+--tiny shrinks pictures (scikit-learn's digits; for out of domain, noise), networks (a small BiT, or MobileNetV3 for
+one; teachers with random weights, initial weights drawn on the spot), views (the student's to 32 px, teachers' in
+proportion), crops of an ensemble (8) and length (8 steps of 32; 26 for Shampoo). It keeps view setting, targets, kind
+of ensemble, optimizer, schedule's shape, temperature, precision, store and evaluation. The accuracy means nothing."""
 
 _ROOT = Path(__file__).resolve().parents[1]
 _BATCH, _SIZE = 32, 32
@@ -74,17 +80,14 @@ def teacher_sizes(config: Config) -> tuple[int, ...]:
     return sizes or (config.teacher.size or config.student.size,)
 
 
-def make_parts(config: Config) -> None:
-    """Write the data sets and weights that a tiny config names, where they are missing."""
-    for root in filter(None, (config.data.root, config.data.evaluate_root)):
-        if not root.exists():
-            print(f"making {root}", flush=True)
-            _make_data(root)
-    for model in map(Path, config.teacher.model):
-        if not model.exists():
-            _make_teacher(model)
-    if config.student.weights and not Path(config.student.weights).exists():
-        _make_initial_weights(Path(config.student.weights))
+def make_parts(config: Config, folder: Path = FOLDER) -> None:
+    """Write the data sets and weights that `tiny(..., folder)` named, where they are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in (config.data.root, config.data.evaluate_root, *config.teacher.model, config.student.weights):
+        path = Path(part or "")
+        if path.parent == folder and not path.exists():
+            print(f"making {path}", flush=True)
+            _MAKE[path.suffix](path)
 
 
 def _small(architecture: str) -> str:
@@ -94,7 +97,6 @@ def _small(architecture: str) -> str:
 
 
 def _make_data(root: Path) -> None:
-    root.parent.mkdir(parents=True, exist_ok=True)
     if root.name == "digits":
         command = ["digits", "--out", str(root)]
     else:
@@ -130,7 +132,6 @@ def _make_teacher(path: Path) -> None:
         model = models.create(_TEACHER, _NUM_CLASSES)
         torch.nn.init.normal_(model.head.fc.weight, 0.0, 0.1)  # type: ignore[union-attr, arg-type]
     half = (0.5, 0.5, 0.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
     card = models.ModelCard(architecture=_TEACHER, num_classes=_NUM_CLASSES, size=size, mean=half, std=half)
     models.save(path, model, card)
 
@@ -145,6 +146,10 @@ def _make_initial_weights(path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(21)
         model = models.create(_TEACHER, 21)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    np.savez(path, allow_pickle=False, **bit.native(tensors))
+    partial = path.with_name(f"partial_{path.name}")
+    np.savez(partial, allow_pickle=False, **bit.native(tensors))
+    partial.replace(path)
+
+
+_MAKE = {"": _make_data, ".safetensors": _make_teacher, ".npz": _make_initial_weights}

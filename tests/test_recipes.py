@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from models.zoo import PREFIX, released
 from student_trainer.recipes import RECIPES
-from student_trainer.tiny import make_parts, teacher_sizes, tiny
+from student_trainer.tiny import SHRINKS, make_parts, teacher_sizes, tiny
 from student_trainer.train import train
 from student_trainer.world import World
 from teacher_server.config import Config as ServerConfig
@@ -22,12 +23,10 @@ from teacher_server.server import create_server
 ROOT = Path(__file__).resolve().parents[1]
 
 FAMILIES = [
-    "flowers102/funmatch/10k",
     "pets/transfer",
     "food101/teacher",
     *(name for name in RECIPES if name.startswith("flowers102/study/")),
     "sun397/ood/imagenet",
-    "imagenet/consistent/300",
     "imagenet/t224_s160/funmatch/300",
     "imagenet/t384_s224/9600",
     "imagenet/ensemble/9600",
@@ -41,16 +40,16 @@ FAMILIES = [
 
 
 class Teachers:
-    """Servers in this process, one for each weight file, for the pictures of all tiny runs."""
+    """Servers in this process, one for each weight file. They have the digits; other pictures travel as files."""
 
     def __init__(self, cleanup: contextlib.ExitStack) -> None:
         self._cleanup = cleanup
         self._addresses: dict[str, str] = {}
 
-    def address(self, model: str, data: tuple[Path, ...]) -> str:
+    def address(self, model: str, data: Path) -> str:
         if model not in self._addresses:
             server, address = create_server(
-                ServerConfig(model=model, data=data, address="127.0.0.1:0", device="cpu", threads=1, batch_rows=16)
+                ServerConfig(model=model, data=(data,), address="127.0.0.1:0", device="cpu", threads=1, batch_rows=16)
             )
             self._cleanup.callback(server.drain)
             server.load()
@@ -71,16 +70,14 @@ def teachers():
 
 def run_tiny(name: str, folder: Path, teachers: Teachers) -> None:
     config = tiny(RECIPES[name].config, folder)
-    make_parts(config)
-    roots = tuple(root for root in (config.data.root, config.data.evaluate_root) if root)
+    make_parts(config, folder)
     if config.targets == "teacher":
-        addresses = tuple(teachers.address(model, (folder / "digits",)) for model in config.teacher.model)
+        addresses = tuple(teachers.address(model, folder / "digits") for model in config.teacher.model)
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, addresses=addresses))
     summary = train(dataclasses.replace(config, device="cpu"), World())
     num_steps = 26 if config.optim.optimizer == "shampoo" else 8
     assert summary["steps"] == num_steps
     assert summary["examples"] == 300
-    assert roots
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == num_steps
     assert all(math.isfinite(line["loss"]) and line["loss"] >= 0 for line in lines)
@@ -97,6 +94,26 @@ def test_a_recipe_of_each_family_runs_in_its_tiny_form(name, folder, teachers):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_in_its_tiny_form(name, folder, teachers):
     run_tiny(name, folder, teachers)
+
+
+def test_tiny_on_the_command_line_makes_what_it_needs_and_says_what_it_shrinks(tmp_path):
+    command = [sys.executable, ROOT / "student_trainer" / "main.py", "--recipe", "pets/transfer", "--tiny"]
+    run = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(SHRINKS)
+    metrics = tmp_path / "runs" / "tiny" / "runs" / "pets" / "transfer" / "metrics.jsonl"
+    assert len(metrics.read_text().splitlines()) == 8
+
+
+def test_nothing_is_made_up_in_place_of_what_the_command_line_names(tmp_path):
+    config = tiny(RECIPES["imagenet/bit_init/300"].config, tmp_path / "tiny")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, root=tmp_path / "mine"),
+        teacher=dataclasses.replace(config.teacher, model=(str(tmp_path / "teacher_32.safetensors"),)),
+        student=dataclasses.replace(config.student, weights="bit:BiT-M-R50x1"),
+    )
+    make_parts(config, tmp_path / "tiny")
+    assert [path.name for path in tmp_path.rglob("*")] == ["tiny"]
 
 
 def test_tiny_keeps_what_makes_a_recipe_that_recipe():
@@ -118,6 +135,17 @@ def test_views_of_teacher_and_student_shrink_in_proportion():
     assert [Path(model).stem for model in config.teacher.model] == ["teacher_55", "teacher_32"]
     config = tiny(RECIPES["imagenet/t224_s160/funmatch/300"].config)
     assert [Path(model).stem for model in config.teacher.model] == ["teacher_45"]
+
+
+def test_released_files_that_recipes_name_are_of_the_right_kind_and_size():
+    for recipe in RECIPES.values():
+        config = recipe.config
+        files = [released(model) for model in config.teacher.model]
+        if recipe.section and not recipe.name.startswith("imagenet/"):
+            assert all(file.size == config.student.size for file in files), recipe.name
+        assert all(file.architecture == "resnetv2_152x2_bit" for file in files), recipe.name
+        if config.student.weights.startswith(PREFIX):
+            assert released(config.student.weights).architecture == config.student.architecture, recipe.name
 
 
 def test_the_list_names_every_recipe_with_its_section_and_number():

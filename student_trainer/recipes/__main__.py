@@ -23,17 +23,14 @@ def main() -> None:
 def _list() -> None:
     print("Expected: the paper's top-1 of the student, in percent. Each runs by\n")
     print("    torchrun student_trainer/main.py --recipe NAME [--data DIR] [--teacher HOST:PORT] [--tiny]\n")
-    print(f"{'name':36}{'section':20}{'expected':>8}  what")
-    group = ""
-    for recipe in RECIPES.values():
-        own = recipe.name.partition("/")[0]
-        if own != group:
-            print()
-            group = own
-        expected = f"{recipe.expected:.2f}" if recipe.expected else ""
-        print(
-            f"{recipe.name:36}{recipe.section:20}{expected:>8}  {textwrap.shorten(recipe.says, 54, placeholder=' ...')}"
-        )
+    print(f"{'name':35}{'section':17}{'expected':>8}  what")
+    for data_set in dict.fromkeys(name.partition("/")[0] for name in RECIPES):
+        print()
+        for recipe in RECIPES.values():
+            if recipe.name.startswith(f"{data_set}/"):
+                expected = f"{recipe.expected:.2f}" if recipe.expected else ""
+                what = textwrap.shorten(recipe.says, 58, placeholder=" ...")
+                print(f"{recipe.name:35}{recipe.section:17}{expected:>8}  {what}")
     print("\nAll about one: python -m student_trainer.recipes NAME")
 
 

@@ -168,7 +168,7 @@ def recipes() -> Iterator[Recipe]:
                 config=funmatch(data, epochs),
                 section="3.2, table 4",
                 expected=variant.top1,
-                says=f"Function matching for {variant.epochs:,} epochs. Teacher: {data.teacher_top1} %.",
+                says=f"Function matching for {variant.epochs:,} epochs.",
                 follows=variant.follows,
             )
         yield from _baselines(data)
@@ -176,7 +176,7 @@ def recipes() -> Iterator[Recipe]:
         yield Recipe(
             config=study(setting),
             section="3.1, figure 3",
-            says=f"The consistency study: {setting}, all else as flowers102/funmatch/10k.",
+            says=f"{setting}, all else as flowers102/funmatch/10k.",
             follows=_STUDY.get(setting, "The figure's hyperparameters are not in the text: those of table 4, 10k"),
         )
     for data in (PETS, SUN397):
@@ -184,7 +184,7 @@ def recipes() -> Iterator[Recipe]:
             yield Recipe(
                 config=out_of_domain(data, pictures, num_pictures),
                 section="3.8, figure 6",
-                says=f"Out of domain: the teacher of {data.name} on pictures of {pictures}.",
+                says=f"The teacher of {data.name}, pictures of {pictures}.",
                 follows="Length and hyperparameters are not in the paper: 100 epochs, those of the teacher's own 1k",
             )
 
@@ -206,6 +206,6 @@ def _baselines(data: DataSet) -> Iterator[Recipe]:
         config=teacher(data),
         section="2, table 4",
         expected=data.teacher_top1,
-        says="The teacher: BiT-M-R152x2 fine-tuned by BiT-HyperRule at 128 px.",
+        says="The teacher: BiT-M-R152x2, by BiT-HyperRule.",
         follows="The paper does not give its fine-tuning: BiT-HyperRule at its teachers' 160 to 128 px",
     )
