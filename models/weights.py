@@ -163,7 +163,7 @@ def _load_released(name: str, architecture: str | None) -> tuple[nn.Module, Mode
     if (card.architecture, card.num_classes) != (entry.architecture, entry.num_classes):
         raise ValueError(
             f"{path}: holds {card.architecture} with {card.num_classes} classes; {name} is {entry.architecture} with "
-            f"{entry.num_classes}. Delete it to download it anew"
+            f"{entry.num_classes}. Delete it and {path.name}.sha256 to download it anew"
         )
     return model, dataclasses.replace(card, size=entry.size)
 

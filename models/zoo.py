@@ -3,8 +3,10 @@
     python -m models.zoo      lists them, and which are here
 
 A file is downloaded once, with a progress bar, into FUNMATCH_WEIGHTS or ~/.cache/funmatch/weights, and gets its name
-only when it is whole. It is checked against the MD5 that the server announces, and later against the SHA-256 of the
-first download; what it holds is checked against the table when it is loaded. A file put there by hand is as good.
+only when it is whole; processes of one machine that want the same file wait for the one that downloads it. It is
+checked against the MD5 that the server announces, and later against the SHA-256 of the first use; what it holds is
+checked against the table when it is loaded. A file put there by hand is as good. A list of SHA-256 in this source was
+the alternative, but we never had the files to take them from.
 
 Names and addresses: timm's model table, big_transfer's README, and big_vision configs/proj/distill/common.py. That the
 four 128-px teachers lie beside the others under the same public address is inferred from their gs:// names, and was
@@ -14,7 +16,10 @@ never tried.
 from __future__ import annotations
 
 import base64
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,10 +97,20 @@ def fetch(name: str, address: str = ADDRESS) -> Path:
     """
     entry = released(name)
     path = folder() / Path(entry.file).name
-    if not path.exists():
-        _download(address + entry.file, path)
-    _compare_with_first_time(path)
+    with _alone(path):
+        if not path.exists():
+            _download(address + entry.file, path)
+        _compare_with_first_time(path)
     return path
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Eight ranks that start from one file would download it eight times, and read its hash while it is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _download(url: str, path: Path) -> None:
@@ -124,7 +139,9 @@ def _compare_with_first_time(path: Path) -> None:
     remembered = path.with_name(path.name + ".sha256")
     now = pooch.file_hash(str(path))
     if not remembered.exists():
-        remembered.write_text(now + "\n")
+        partial = path.with_name(f".{remembered.name}.tmp")
+        partial.write_text(now + "\n")
+        partial.replace(remembered)  # a kill must not leave an empty one, which would condemn a good file
     elif remembered.read_text().strip() != now:
         raise ValueError(
             f"{path} is not the file it was: its SHA-256 is {now}, {remembered.name} says "
@@ -134,11 +151,12 @@ def _compare_with_first_time(path: Path) -> None:
 
 def main() -> None:
     """List the released files."""
-    print(f"kept in {folder()} (FUNMATCH_WEIGHTS)\n")
-    print(f"{'name':31}{'architecture':20}{'classes':>7}{'px':>5}  {'here':6}what")
+    print(f"kept in {folder()} (FUNMATCH_WEIGHTS)\nfrom    {ADDRESS}\n")
+    print(f"{'name':31}{'architecture':20}{'classes':>7}{'px':>5}  {'here':6}{'file':38}what")
     for name, entry in RELEASED.items():
         here = "yes" if (folder() / Path(entry.file).name).exists() else "no"
-        print(f"{PREFIX + name:31}{entry.architecture:20}{entry.num_classes:7}{entry.size:5}  {here:6}{entry.what}")
+        network = f"{entry.architecture:20}{entry.num_classes:7}{entry.size:5}"
+        print(f"{PREFIX + name:31}{network}  {here:6}{entry.file:38}{entry.what}")
 
 
 if __name__ == "__main__":

@@ -111,41 +111,45 @@ NAMINGS = {
 
 
 def bit_forward(tree: dict[str, np.ndarray], x: torch.Tensor) -> torch.Tensor:
-    """BiT's forward pass, written out from the paper's code (bit_paper.py) with big_vision's names.
+    """BiT's forward pass, from the paper's code (bit_paper.py) written out in numpy and float64, with its names.
 
     The stem's pool pads with zeros, as in the code that the released weights came with.
     """
-    p = {name: torch.from_numpy(np.asarray(array)) for name, array in tree.items()}
+    p = {name: np.asarray(array, np.float64) for name, array in tree.items()}
 
-    def conv(x: torch.Tensor, name: str, stride: int = 1) -> torch.Tensor:
+    def patches(x: np.ndarray, size: int, stride: int) -> np.ndarray:
+        """[n, h, w, c, size, size]: what each output sees, with zeros around the picture."""
+        x = np.pad(x, [(0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)])
+        return np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))[:, ::stride, ::stride]
+
+    def conv(x: np.ndarray, name: str, stride: int = 1) -> np.ndarray:
         w = p[f"{name}/kernel"]  # HWIO
-        centred = w - w.mean(dim=(0, 1, 2), keepdim=True)
-        w = centred / torch.sqrt(centred.square().mean(dim=(0, 1, 2), keepdim=True) + 1e-10)
-        return functional.conv2d(x, w.permute(3, 2, 0, 1), stride=stride, padding=w.shape[0] // 2)
+        centred = w - w.mean(axis=(0, 1, 2))
+        w = centred / np.sqrt((centred**2).mean(axis=(0, 1, 2)) + 1e-10)
+        return np.tensordot(patches(x, len(w), stride), w, axes=([4, 5, 3], [0, 1, 2]))
 
-    def norm_relu(x: torch.Tensor, name: str) -> torch.Tensor:
-        n, c, h, w = x.shape
-        grouped = x.reshape(n, 32, c // 32, h, w)
-        mean = grouped.mean(dim=(2, 3, 4), keepdim=True)
-        variance = (grouped - mean).square().mean(dim=(2, 3, 4), keepdim=True)
-        y = ((grouped - mean) / torch.sqrt(variance + 1e-5)).reshape(n, c, h, w)
-        return torch.relu(y * p[f"{name}/scale"].reshape(1, -1, 1, 1) + p[f"{name}/bias"].reshape(1, -1, 1, 1))
+    def norm_relu(x: np.ndarray, name: str) -> np.ndarray:
+        n, h, w, c = x.shape
+        grouped = x.reshape(n, h, w, 32, c // 32)
+        centred = grouped - grouped.mean(axis=(1, 2, 4), keepdims=True)
+        y = centred / np.sqrt((centred**2).mean(axis=(1, 2, 4), keepdims=True) + 1e-5)
+        return np.maximum(y.reshape(n, h, w, c) * p[f"{name}/scale"].ravel() + p[f"{name}/bias"].ravel(), 0)
 
-    x = conv(x, "root_block/conv_root", 2)
-    x = functional.max_pool2d(functional.pad(x, (1, 1, 1, 1)), 3, 2)
+    y = conv(x.numpy().transpose(0, 2, 3, 1).astype(np.float64), "root_block/conv_root", 2)
+    y = patches(y, 3, 2).max(axis=(4, 5))
     for block in range(1, 5):
         for unit in range(1, 100):
             at = f"block{block}/unit{unit:02d}"
             if f"{at}/conv1/kernel" not in p:
                 break
             stride = 2 if block > 1 and unit == 1 else 1
-            active = norm_relu(x, f"{at}/gn1")
-            shortcut = conv(active, f"{at}/conv_proj", stride) if f"{at}/conv_proj/kernel" in p else x
-            y = norm_relu(conv(active, f"{at}/conv1"), f"{at}/gn2")
-            y = norm_relu(conv(y, f"{at}/conv2", stride), f"{at}/gn3")
-            x = conv(y, f"{at}/conv3") + shortcut
-    pooled = norm_relu(x, "norm-pre-head").mean(dim=(2, 3))
-    return pooled @ p["head/kernel"] + p["head/bias"]
+            active = norm_relu(y, f"{at}/gn1")
+            shortcut = conv(active, f"{at}/conv_proj", stride) if f"{at}/conv_proj/kernel" in p else y
+            z = norm_relu(conv(active, f"{at}/conv1"), f"{at}/gn2")
+            z = norm_relu(conv(z, f"{at}/conv2", stride), f"{at}/gn3")
+            y = conv(z, f"{at}/conv3") + shortcut
+    pooled = norm_relu(y, "norm-pre-head").mean(axis=(1, 2))
+    return torch.from_numpy(pooled @ p["head/kernel"] + p["head/bias"])
 
 
 @pytest.mark.parametrize("name", ["resnetv2_14x05_bit", "resnetv2_26x05_bit"])
@@ -162,7 +166,9 @@ def test_a_bit_file_of_every_naming_gives_the_logits_of_the_forward_pass_written
     with torch.no_grad():
         logits = model.eval()(x)
         assert torch.equal(logits, original(x))
-        torch.testing.assert_close(logits, bit_forward(in_big_vision_naming(original), x), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            model.double()(x.double()), bit_forward(in_big_vision_naming(original), x), rtol=1e-8, atol=1e-8
+        )
 
 
 def test_a_network_written_under_big_visions_names_is_read_back_bit_for_bit(tmp_path):
