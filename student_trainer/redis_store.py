@@ -23,10 +23,11 @@ from student_trainer.logit_store import Counts, StoreGoneError, StoreKey, pack, 
 
 _BUCKET = 128  # samples of a hash
 
-# redis-py would wait 5 s, 11 times over, before it says that a server is gone. Here a server that hangs is told after
-# three times _TIMEOUT_S; one that forks to save itself may be silent for a second, and is no such case.
-_CONNECT_TIMEOUT_S = 1.0
-_TIMEOUT_S = 2.0
+# redis-py would try 11 times before it says that a server is gone. Here one that hangs is told after three times
+# _TIMEOUT_S. No shorter: beside twenty busy processes on two cores a sound server was silent for up to 1.6 s
+# (measured), and a run that stops without need costs more than 15 s.
+_CONNECT_TIMEOUT_S = 2.0
+_TIMEOUT_S = 5.0
 _RETRIES = 2
 
 

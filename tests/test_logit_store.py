@@ -259,13 +259,13 @@ def test_a_server_that_went_away_is_told_within_seconds(redis_server):
 
 
 def test_a_server_that_hangs_is_told_within_seconds(redis_server, monkeypatch):
-    monkeypatch.setattr(redis_store, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(redis_store, "_TIMEOUT_S", 0.5)
     store = open_store(redis_server.url, make_key())
     store.put(np.arange(3), logits_of(np.arange(3)))
     began = time.monotonic()
     with redis_server.hung(), pytest.raises(StoreGoneError, match=r"Timeout.* Start it again"):
         store.get(np.arange(3))
-    assert 0.6 < time.monotonic() - began < 3, "three times the timeout"
+    assert 1.4 < time.monotonic() - began < 5, "three times the timeout"
     logits, found = store.get(np.arange(3))
     assert found.all(), "back again, and no answer of before is taken for one of now"
     np.testing.assert_array_equal(logits, logits_of(np.arange(3)))
@@ -315,7 +315,7 @@ def test_tls_by_url(tmp_path):
         pytest.skip("this redis-server was built without TLS")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", str(key), "-out", str(certificate),
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(key), "-out", str(certificate),
          "-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
         check=True, capture_output=True,
     )  # fmt: skip
