@@ -191,14 +191,14 @@ def test_the_facts_of_the_key_lie_beside_the_file(tmp_path):
 
 def fill_part(folder: Path, part: int) -> None:
     store = FileStore(folder, make_key())
-    samples = np.arange(part, NUM_SAMPLES, 4)
+    samples = np.arange(part, NUM_SAMPLES, 2)
     for start in range(0, len(samples), 10):
         store.put(samples[start : start + 10], logits_of(samples[start : start + 10]))
 
 
 def test_processes_that_open_and_fill_one_file_at_once_do_not_disturb_each_other(tmp_path):
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=fill_part, args=(tmp_path, part)) for part in range(4)]
+    workers = [context.Process(target=fill_part, args=(tmp_path, part)) for part in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -315,7 +315,8 @@ def test_tls_by_url(tmp_path):
         pytest.skip("this redis-server was built without TLS")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(key), "-out", str(certificate),
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+         "-keyout", str(key), "-out", str(certificate),
          "-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
         check=True, capture_output=True,
     )  # fmt: skip
