@@ -114,8 +114,9 @@ def test_a_fill_that_is_killed_halfway_goes_on_and_each_picture_is_stored_once(
         config = a_run(data, address, redis_server.url, tmp_path / "run")
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "student_trainer" / "main.py"), "--recipe=digits/demo",
-             "--views.setting=fix/cc", f"--data={data}", "--data.evaluate=val", f"--teacher={address}", f"--teacher.store={redis_server.url}",
-             "--teacher.rows-per-request=8", f"--run-dir={tmp_path / 'killed'}", "--device=cpu"],
+             "--views.setting=fix/cc", f"--data={data}", "--data.evaluate=val", f"--teacher={address}",
+             f"--teacher.store={redis_server.url}", "--teacher.rows-per-request=8",
+             f"--run-dir={tmp_path / 'killed'}", "--device=cpu"],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         while kept() < 400:
