@@ -81,7 +81,8 @@ class TeacherConfig:
     window: int = 2
     """Requests in flight per teacher."""
     deadline_s: float = 120.0
-    """A request without an answer for so many seconds goes to another teacher."""
+    """A request without an answer for so many seconds goes to another teacher; one of more than rows_per_request rows
+    (fix/ic_ens) gets proportionally more."""
     patience_s: float = 600.0
     """Give up when no teacher has answered for so many seconds."""
     audit_every: int = 50
