@@ -79,7 +79,9 @@ def lines(run_dir: Path) -> list[dict]:
 def wait_until(process: subprocess.Popen, true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 300
     while not true():
-        assert process.poll() is None and time.monotonic() < deadline, (process.communicate()[0] or "")[-4000:]
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError((process.communicate()[0] or "")[-4000:])
         time.sleep(0.01)
 
 
