@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from models.zoo import PREFIX, released
+from student_trainer.config import override
 from student_trainer.recipes import RECIPES
 from student_trainer.tiny import SHRINKS, make_parts, teacher_sizes, tiny
 from student_trainer.train import train
@@ -166,7 +168,16 @@ def test_one_recipe_is_explained_with_its_command_and_every_setting():
     )  # fmt: skip
     assert "torchrun student_trainer/main.py --recipe sun397/funmatch/1k" in run.stdout
     assert "code: lr 0.001; table 4: --optim.lr 0.003" in run.stdout
+    assert "--views.no_fold_lambda" in run.stdout
     assert "--optim.weight_decay 0.0001" in run.stdout
+
+
+def test_the_other_choice_is_one_setting_away():
+    one_of_each = {choice: recipe for recipe in RECIPES.values() for choice in recipe.choices}
+    for choice, recipe in one_of_each.items():
+        for flag, value in re.findall(r"(--[\w.]+)(?: ([\w./+]*\w))?", choice):
+            value = [] if "no_" in flag else ["8" if value == "NUM_DEVICES" else value]
+            assert override(recipe.config, [flag, *value]) != recipe.config, (recipe.name, flag)
 
 
 def test_a_recipe_of_the_papers_says_where_it_is_from():

@@ -38,8 +38,8 @@ def _explain(recipe: Recipe) -> None:
     print(f"{recipe.name}\n\n  {recipe.says}")
     if recipe.section:
         print(f"  Paper: section {recipe.section}" + (f"; top-1 {recipe.expected} %" if recipe.expected else ""))
-    if recipe.follows:
-        print(textwrap.fill(recipe.follows, 116, initial_indent="  Follows: ", subsequent_indent="    "))
+    for choice in recipe.choices:
+        print(textwrap.fill(choice, 116, initial_indent="  Follows: ", subsequent_indent="    "))
     print(f"\n  {recipe.command}\n")
     for name, value in settings(recipe.config).items():
         print(f"  --{name} {value}")

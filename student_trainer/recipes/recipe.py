@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 from student_trainer.config import Config
 
+_MIXUP = (
+    "Mixup as in the released code since 2024: lambda folded to [1/2, 1], partners in the global batch; paper: lambda "
+    "in [0, 1], --views.no_fold_lambda; code of 2022: partners within a device, --views.mixup_groups NUM_DEVICES"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -21,6 +26,12 @@ class Recipe:
     """What it is, in a sentence."""
     follows: str = ""
     """Where paper and released code differ, or both are silent: what was chosen, and the setting for the other."""
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All that was chosen where paper and code differ or are silent: its own, and that of all mixed views."""
+        mixed = self.config.views.setting.endswith("+mix")
+        return tuple(filter(None, (self.follows, _MIXUP if mixed else "")))
 
     @property
     def name(self) -> str:
