@@ -45,15 +45,14 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of a random resnetv2_14x05_bit for 32-pixel pictures and 6 classes, as .safetensors."""
+def random_teacher(path: Path, seed: int, size: int, mean: tuple, std: tuple, data_set: str) -> Path:
+    """Write the weights of a random resnetv2_14x05_bit of 6 classes, as .safetensors."""
     import torch
 
     import models
 
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         model = models.create("resnetv2_14x05_bit", NUM_CLASSES)
         # As made, all norms are the identity, and logits hardly differ between pictures.
         for name, parameter in model.named_parameters():
@@ -61,38 +60,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.normal_(parameter, float(name.endswith("weight")), 0.4)
         torch.nn.init.normal_(model.head.fc.weight, 0.0, 0.15)
     card = models.ModelCard(
-        architecture="resnetv2_14x05_bit",
-        num_classes=NUM_CLASSES,
-        size=32,
-        mean=(0.5, 0.4, 0.3),
-        std=(0.25, 0.2, 0.3),
-        data_set="tiny_pictures",
+        architecture="resnetv2_14x05_bit", num_classes=NUM_CLASSES, size=size, mean=mean, std=std, data_set=data_set
     )
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
     models.save(path, model, card)
     return path
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher for the classes of tiny_data, for views of 32 pixels."""
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    return random_teacher(path, 1, 32, (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), "tiny_pictures")
+
+
+@pytest.fixture(scope="session")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second teacher of the same classes, for views of 48 pixels."""
-    import torch
-
-    import models
-
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        model = models.create("resnetv2_14x05_bit", NUM_CLASSES)
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                torch.nn.init.normal_(parameter, float(name.endswith("weight")), 0.4)
-        torch.nn.init.normal_(model.head.fc.weight, 0.0, 0.15)
-    card = models.ModelCard(
-        architecture="resnetv2_14x05_bit", num_classes=NUM_CLASSES, size=48, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)
-    )
+    """A second one of the same classes, for views of 48 pixels."""
     path = tmp_path_factory.mktemp("large") / "large.safetensors"
-    models.save(path, model, card)
-    return path
+    return random_teacher(path, 2, 48, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "")
 
 
 @contextlib.contextmanager
