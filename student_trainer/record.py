@@ -83,8 +83,13 @@ class Run:
 
     @property
     def what(self) -> dict[str, Any]:
-        """The settings that make this run another one than others: not its seed, not where it ran."""
-        return {name: value for name, value in self.settings.items() if name not in (*_NOT_WHAT, "seed")}
+        """What makes this run another one than others: settings, not its seed, not where it ran; and its teachers, by
+        their weights and not by the name of a file.
+        """
+        told = {name: value for name, value in self.settings.items() if name not in (*_NOT_WHAT, "seed")}
+        if teachers := self.facts.get("teacher"):
+            told["teachers"] = " + ".join(f"{each['model']} ({each['weights_digest'][:8]})" for each in teachers)
+        return told
 
     @property
     def finished(self) -> bool:
@@ -155,8 +160,9 @@ def unit_of(runs: Sequence[Run]) -> Unit:
 
 def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Settings that are not the same in all runs: name -> one value a run."""
-    names = dict.fromkeys(name for run in runs for name in (*run.what, "seed"))
-    found = {name: [run.settings.get(name) for run in runs] for name in names}
+    told = [{**run.what, "seed": run.settings.get("seed")} for run in runs]
+    names = dict.fromkeys(name for each in told for name in each)
+    found = {name: [each.get(name) for each in told] for name in names}
     return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
 
 
@@ -165,7 +171,7 @@ def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     told = _telling([run for run in runs if run.settings])
     grouped: dict[str, list[Run]] = {}
     for run in runs:
-        label = ", ".join(_say(name, run.settings.get(name)) for name in told)
+        label = ", ".join(_say(name, run.what.get(name)) for name in told)
         grouped.setdefault(label if run.settings else str(run.folder), []).append(run)
     return grouped
 
@@ -183,8 +189,8 @@ def _telling(runs: Sequence[Run]) -> list[str]:
 
 
 def _num_kinds(runs: Sequence[Run], names: Sequence[str]) -> int:
-    return len({json.dumps([run.settings.get(name) for name in names]) for run in runs})
+    return len({json.dumps([run.what.get(name) for name in names]) for run in runs})
 
 
 def _say(name: str, value: Any) -> str:
-    return str(value) if name in ("recipe", "views.setting") else f"{name.removeprefix('optim.')} {value}"
+    return str(value) if name in ("recipe", "views.setting", "teachers") else f"{name.removeprefix('optim.')} {value}"

@@ -19,10 +19,6 @@ grid of a sweep only grows: a later start may add values, and each worker helps 
 
 A loss that is no number is a result, and such a trial is not run again. Any other failure ends this worker, for it
 would befall the next trial too.
-
-Rejected: Optuna's GridSampler, which hands a point that another machine still works on to whoever is idle, and counts
-two runs as two. Here the points wait in a queue, and the first trial of a point is the only one. Rejected: Optuna's
-journal files, which know no heartbeat.
 """
 
 from __future__ import annotations
@@ -48,51 +44,19 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import TrialState
 
-from student_trainer.config import FREE_ON_RESUME, Config, override, settings
+from student_trainer import sweep_points as points
+from student_trainer.config import Config, override, settings
 from student_trainer.recipes import RECIPES
+from student_trainer.sweep_points import PAPER_GRID, SETTING_OF, Point
 
 if TYPE_CHECKING:
     from student_trainer.world import World
 
-PAPER_GRID = {
-    "lr": (3e-4, 1e-3, 3e-3, 1e-2),
-    "wd": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
-    "T": (1.0, 2.0, 5.0, 10.0),
-}
-"""Section 3.1."""
-
-_SETTING_OF = {"lr": "optim.lr", "wd": "optim.weight_decay", "T": "optim.temperature"}
 _ROOT = Path(__file__).resolve().parents[1]
-_LIVING = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED)  # pruned: its loss became no number
-_DATABASE_WAIT_S = 60.0  # a worker waits so long for the others to let go of a sqlite file
 
 
 class TrialFailedError(RuntimeError):
     """A trial's process ended without a result."""
-
-
-class _TakenError(RuntimeError):
-    """Somebody else has this point."""
-
-
-@dataclass(frozen=True, order=True)
-class Point:
-    """One trial's place in the grid; points are ordered by lr, then wd, then T."""
-
-    lr: float
-    wd: float
-    T: float
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"lr_{self.lr:g}_wd_{self.wd:g}_T_{self.T:g}"
-
-    @property
-    def flags(self) -> list[str]:
-        """The settings of its run."""
-        return [f"--{_SETTING_OF[name]}={value!r}" for name, value in dataclasses.asdict(self).items()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +113,7 @@ def parse(args: Sequence[str]) -> Sweep:
 
 def _refuse_what_the_grid_decides(recipe: Config, config: Config) -> None:
     before, after = settings(recipe), settings(config)
-    for name, setting in _SETTING_OF.items():
+    for name, setting in SETTING_OF.items():
         if before[setting] != after[setting]:
             sys.exit(f"--{setting} is what the sweep chooses; for one value give --grid {name}={after[setting]}")
 
@@ -173,88 +137,6 @@ def _grid(given: Sequence[str], config: Config) -> tuple[Point, ...]:
     return tuple(Point(*point) for point in itertools.product(*({**PAPER_GRID, **values}.values())))
 
 
-# ---- the study: which points there are, who has which --------------------------------------------------------------
-
-
-def open_study(sweep: Sweep) -> optuna.Study:
-    """The sweep's record, with every point of the grid in it.
-
-    Raises:
-        ValueError: it is of another sweep, or the database is of no use.
-    """
-    url = sweep.storage or f"sqlite:///{(sweep.config.run_dir / 'study.db').resolve()}"
-    wait = {"connect_args": {"timeout": _DATABASE_WAIT_S}} if url.startswith("sqlite") else {}
-    try:
-        storage = optuna.storages.RDBStorage(
-            url, wait, heartbeat_interval=sweep.heartbeat_s, grace_period=3 * sweep.heartbeat_s,
-            heartbeat_stale_trial_callback=_give_back,
-        )  # fmt: skip
-    except ImportError as error:
-        raise ValueError(
-            f"--storage {url.partition(':')[0]}: its driver is not installed ({error.__cause__})"
-        ) from error
-    study = optuna.create_study(
-        storage=storage, study_name=sweep.config.recipe, direction="maximize", load_if_exists=True
-    )
-    _refuse_another_sweep(study, sweep.config)
-    _enqueue(study, sweep.grid)
-    return study
-
-
-def _give_back(study: optuna.Study, stale: optuna.trial.FrozenTrial) -> None:
-    """The worker of a trial is dead: its point waits again."""
-    if point := _point_of(stale):
-        study.enqueue_trial(dataclasses.asdict(point), user_attrs=dataclasses.asdict(point))
-
-
-def _enqueue(study: optuna.Study, points: Sequence[Point]) -> None:
-    """Queue the points that have no living trial. When two workers do this at once a point is queued twice, and the
-    later trial gives way (`_refuse_what_is_taken`).
-    """
-    there = {_point_of(trial) for trial in study.get_trials(deepcopy=False, states=_LIVING)}
-    for point in points:
-        if point not in there:
-            study.enqueue_trial(dataclasses.asdict(point), user_attrs=dataclasses.asdict(point))
-
-
-def _point_of(trial: optuna.trial.FrozenTrial | optuna.Trial) -> Point | None:
-    """None: a trial that was begun when nothing waited any more."""
-    values = trial.user_attrs
-    return Point(values["lr"], values["wd"], values["T"]) if "lr" in values else None
-
-
-def _unfinished(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.WAITING, TrialState.RUNNING))
-
-
-def _refuse_another_sweep(study: optuna.Study, config: Config) -> None:
-    now = {
-        name: value
-        for name, value in settings(config).items()
-        if name not in _SETTING_OF.values() and (name not in FREE_ON_RESUME or name.startswith("data.eval"))
-    }
-    before = study.user_attrs.get("settings")
-    if before is None:
-        study.set_user_attr("settings", now)
-    elif before != now:
-        differing = [
-            f"  {name}: {before.get(name)!r} then, {now.get(name)!r} now"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
-        ]
-        raise ValueError(
-            "this sweep was begun with other settings, and its trials could not be compared:\n"
-            + "\n".join(differing)
-            + "\nGive it the settings it had, or another --run-dir (or --storage)."
-        )
-
-
-def _refuse_what_is_taken(study: optuna.Study, own: optuna.Trial, point: Point) -> None:
-    for other in study.get_trials(deepcopy=False, states=_LIVING):
-        if other.number < own.number and _point_of(other) == point:
-            raise _TakenError(f"trial {other.number} is the same point")
-
-
 # ---- the trials ----------------------------------------------------------------------------------------------------
 
 
@@ -266,10 +148,10 @@ def run_trials(sweep: Sweep, study: optuna.Study, addresses: Sequence[Sequence[s
     """
 
     def run(trial: optuna.Trial) -> float:
-        point = _point_of(trial)
+        point = points.point_of(trial)
         if point is None:
-            raise _TakenError("nothing waits")
-        _refuse_what_is_taken(study, trial, point)
+            raise points.TakenError("nothing waits")
+        points.refuse_what_is_taken(study, trial, point)
         for name, value in dataclasses.asdict(point).items():  # so that Optuna's own tools know them
             trial.suggest_float(name, value, value)
         print(f"trial {point.name} begins; its output goes to {sweep.folder(point) / 'trial.log'}", flush=True)
@@ -280,14 +162,14 @@ def run_trials(sweep: Sweep, study: optuna.Study, addresses: Sequence[Sequence[s
         return top1
 
     said = False
-    while unfinished := _unfinished(study):
+    while unfinished := points.unfinished(study):
         optuna.storages.fail_stale_trials(study)
         if any(trial.state == TrialState.WAITING for trial in unfinished):
             _optimize_once(study, run)
             said = False
             continue
         if not said:
-            others = ", ".join(point.name for trial in unfinished if (point := _point_of(trial)))
+            others = ", ".join(point.name for trial in unfinished if (point := points.point_of(trial)))
             print(f"waiting for what other workers have, or had: {others}", flush=True)
             said = True
         time.sleep(min(5.0, sweep.heartbeat_s / 2))
@@ -301,7 +183,7 @@ def _optimize_once(study: optuna.Study, run: Callable[[optuna.Trial], float]) ->
         return run(trial)
 
     try:
-        study.optimize(remember, n_trials=1, catch=_TakenError)
+        study.optimize(remember, n_trials=1, catch=points.TakenError)
     except (ValueError, AssertionError):
         # Optuna does not let us report on a trial that others, who heard no heartbeat of ours, gave up for dead
         # (and optuna 5.0 trips over its own log line about it).
@@ -371,26 +253,12 @@ def _command(sweep: Sweep, point: Point, addresses: Sequence[Sequence[str]]) -> 
 
 def _say_progress(study: optuna.Study, point: Point, top1: float | None) -> None:
     """This trial is not yet in the study's record."""
-    results = _results(study) | {point: top1}
-    points = {_point_of(trial) for trial in study.get_trials(deepcopy=False, states=_LIVING)} - {None}
+    results = points.results(study) | {point: top1}
+    num_points = points.count(study)
     shown = "diverged: its loss became no number" if top1 is None else f"top-1 {top1:.2%}"
-    best = _best(results)
+    best = points.best_of(results)
     so_far = f"; best so far {best.name}, {results[best]:.2%}" if best else ""
-    print(f"[{len(results)}/{len(points)}] {point.name}: {shown}{so_far}", flush=True)
-
-
-def _results(study: optuna.Study) -> dict[Point, float | None]:
-    """What came out, by point, in the grid's order; None: diverged."""
-    done = study.get_trials(deepcopy=False, states=_DONE)
-    found = {point: trial.value if trial.state == TrialState.COMPLETE else None
-             for trial in done if (point := _point_of(trial))}  # fmt: skip
-    return dict(sorted(found.items()))
-
-
-def _best(results: dict[Point, float | None]) -> Point | None:
-    """The highest top-1; of equal ones the first in the grid's order."""
-    numbers = {point: value for point, value in sorted(results.items()) if value is not None}
-    return max(numbers, key=lambda point: numbers[point], default=None)
+    print(f"[{len(results)}/{num_points}] {point.name}: {shown}{so_far}", flush=True)
 
 
 # ---- the end -------------------------------------------------------------------------------------------------------
@@ -402,12 +270,12 @@ def finish(sweep: Sweep, study: optuna.Study, world: World) -> None:
     Raises:
         ValueError: points of the grid without a result, or none that did not diverge.
     """
-    results = _results(study)
+    results = points.results(study)
     if missing := [point.name for point in sweep.grid if point not in results]:
         raise ValueError(
             f"{len(missing)} trials failed at another worker: {', '.join(missing)}. The same command runs them again"
         )
-    best = _best(results)
+    best = points.best_of(results)
     if best is None:
         raise ValueError(f"all {len(results)} trials diverged: lower the learning rates")
     chosen = sweep.folder(best)
@@ -481,16 +349,16 @@ def main() -> None:
     try:
         _check_splits(sweep)
         sweep.config.run_dir.mkdir(parents=True, exist_ok=True)
-        study = open_study(sweep)
+        study = points.open_study(sweep.config, sweep.grid, sweep.storage, sweep.heartbeat_s)
         alone = world.join(sweep.config.device)
         try:
-            if sweep.config.targets == "labels" or not _unfinished(study):
+            if sweep.config.targets == "labels" or not points.unfinished(study):
                 run_trials(sweep, study, ())
             else:
                 with services(sweep.config, alone) as addresses:
                     run_trials(sweep, study, addresses)
         except KeyboardInterrupt:
-            _enqueue(study, sweep.grid)  # what we had in our hands is for the others
+            points.enqueue(study, sweep.grid)  # what we had in our hands is for the others
             sys.exit("stopped; the same command goes on from here")
         finish(sweep, study, alone)
     except (ValueError, OSError, TrialFailedError, TeacherDiedError) as error:

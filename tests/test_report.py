@@ -226,6 +226,20 @@ def test_groups_are_named_by_the_recipe_and_by_no_more_settings_than_needed(tmp_
     assert list(groups(runs)) == ["one, lr 0.1", "two, lr 0.2", "two, lr 0.3"]
 
 
+def test_runs_of_two_teachers_are_two_groups_and_of_one_teacher_moved_elsewhere_one(tmp_path):
+    runs = []
+    for folder, digest in (("a", "1" * 64), ("b", "2" * 64), ("c", "1" * 64)):
+        path = a_run(tmp_path / folder, **{"teacher.model": [f"{folder}.safetensors"]})
+        facts = json.loads((path / "run.json").read_text())
+        teacher = {"model": "resnet50", "weights_digest": digest}
+        (path / "run.json").write_text(json.dumps({**facts, "teacher": [teacher]}))
+        runs.append(Run(path))
+    grouped = groups(runs)
+    assert {label: len(members) for label, members in grouped.items()} == {
+        "resnet50 (11111111)": 2, "resnet50 (22222222)": 1,
+    }  # fmt: skip
+
+
 def test_runs_evaluated_at_different_epochs_are_averaged_where_all_have_been(tmp_path):
     first = Series(np.array([1.0, 2.0, 4.0]), np.array([0.1, 0.2, 0.4]))
     second = Series(np.array([2.0, 3.0, 4.0]), np.array([0.4, 0.4, 0.6]))

@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from optuna import Study
 from optuna.trial import TrialState
 
 from student_trainer import sweep as room
 from student_trainer.recipes import RECIPES
-from student_trainer.sweep import Point, evaluate_weights, open_study, parse
+from student_trainer.sweep import Sweep, evaluate_weights, parse
+from student_trainer.sweep_points import Point, give_back, open_study
 from student_trainer.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +39,10 @@ def command(data: Path, run_dir: Path, *more: str) -> list[str]:
         f"--optim.epochs={STEPS * 16 / 18}", "--optim.warmup-steps=2", "--device=cpu", "--checkpoint-every=3",
         "--evaluate-every=0", "--decode-threads=1", "--teacher.audit-every=0", *more,
     ]  # fmt: skip
+
+
+def opened(sweep: Sweep) -> Study:
+    return open_study(sweep.config, sweep.grid, sweep.storage, sweep.heartbeat_s)
 
 
 def without_temperature(args: list[str]) -> list[str]:
@@ -184,9 +190,9 @@ def test_a_finished_sweep_says_its_table_again_and_needs_no_teacher(swept, tiny_
 def test_a_sweep_goes_on_with_its_own_settings_only(swept, tiny_data):
     run_dir, _, _ = swept
     with pytest.raises(ValueError, match="seed: 0 then, 3 now"):
-        open_study(parse(command(tiny_data, run_dir, "--seed=3")[3:]))
+        opened(parse(command(tiny_data, run_dir, "--seed=3")[3:]))
     with pytest.raises(ValueError, match=r"data\.evaluate: 'val' then, 'train' now"):
-        open_study(parse(command(tiny_data, run_dir, "--select-on=train")[3:]))
+        opened(parse(command(tiny_data, run_dir, "--select-on=train")[3:]))
 
 
 def test_a_loss_that_is_no_number_is_a_result_and_another_failure_ends_the_sweep(tiny_data, tmp_path):
@@ -205,7 +211,7 @@ def test_a_loss_that_is_no_number_is_a_result_and_another_failure_ends_the_sweep
 def test_a_point_that_is_queued_twice_is_run_once(tiny_data, tmp_path, monkeypatch):
     """Two workers that start at the same moment may both queue all points."""
     sweep = parse(command(tiny_data, tmp_path)[3:])
-    study = open_study(sweep)
+    study = opened(sweep)
     for point in GRID:
         study.enqueue_trial({}, user_attrs={"lr": point.lr, "wd": point.wd, "T": point.T})
     ran = []
@@ -218,14 +224,14 @@ def test_a_point_that_is_queued_twice_is_run_once(tiny_data, tmp_path, monkeypat
 def test_a_worker_who_was_only_slow_goes_on_with_the_next_trial(tiny_data, tmp_path, monkeypatch):
     """Others gave its trial up for dead and queued the point again; whoever takes it finds the run finished."""
     sweep = parse(command(tiny_data, tmp_path)[3:])
-    study = open_study(sweep)
+    study = opened(sweep)
     ran = []
 
     def run_trial(_sweep, point, _addresses):
         ran.append(point)
         if len(ran) == 1:
             study.tell(0, state=TrialState.FAIL)
-            room._give_back(study, study.get_trials()[0])
+            give_back(study, study.get_trials()[0])
         return 0.5
 
     monkeypatch.setattr(room, "run_trial", run_trial)

@@ -11,9 +11,9 @@ from views.setting import ViewSetting
 
 
 def digits_demo_teacher() -> Config:
-    """A small BiT learns scikit-learn's handwritten digits from labels, for the demo.
+    """For the demo: a small BiT learns handwritten digits.
 
-    Crops are mild and nothing is mirrored: a mirrored 2 is no digit.
+    From labels. Crops are mild and nothing is mirrored: a mirrored 2 is no digit.
     """
     return Config(
         recipe="digits/demo_teacher",
@@ -28,7 +28,7 @@ def digits_demo_teacher() -> Config:
 
 
 def digits_demo() -> Config:
-    """Function matching on the digits: inception crops, mirroring and mixup, the same for both sides."""
+    """The demo: function matching on handwritten digits."""
     return Config(
         recipe="digits/demo",
         data=DataConfig(root=Path("runs/data/digits"), evaluate="test", eval_crop="rs"),
@@ -43,7 +43,10 @@ def digits_demo() -> Config:
 
 
 def flowers102_demo_teacher() -> Config:
-    """A small BiT learns Flowers102 from scratch and from labels at 64 px, for the demo: quick, and no good teacher."""
+    """For the demo: a small BiT learns flowers, quickly.
+
+    From scratch and from labels, at 64 px: no good teacher.
+    """
     return Config(
         recipe="flowers102/demo_teacher",
         targets="labels",
@@ -57,7 +60,7 @@ def flowers102_demo_teacher() -> Config:
 
 
 def flowers102_demo() -> Config:
-    """Function matching of the demo's Flowers102 teacher at 64 px, in minutes on two CPU cores."""
+    """The demo on flowers, at 64 px: minutes on two cores."""
     return Config(
         recipe="flowers102/demo",
         data=DataConfig(root=Path("runs/data/flowers102"), evaluate="test"),
@@ -71,7 +74,9 @@ def flowers102_demo() -> Config:
 
 
 def flowers102_laptop_teacher() -> Config:
-    """Fine-tune ImageNet weights into a Flowers102 teacher at 128 px: test top-1 84.39, half an hour on a CPU core.
+    """A teacher of flowers at 128 px in half an hour on a core.
+
+    Fine-tuned from ImageNet weights by the labels; test top-1 84.39 %.
 
     Needs --student.weights FILE: timm's EfficientNet-Lite2 weights as .safetensors (docs/LOG.md, 2026-11-24).
     """
@@ -88,7 +93,9 @@ def flowers102_laptop_teacher() -> Config:
 
 
 def flowers102_laptop() -> Config:
-    """Function matching on Flowers102 on two CPU cores in an hour: MobileNetV3-small x0.5 at 96 px, test top-1 42.85.
+    """Function matching of flowers in an hour on two cores.
+
+    MobileNetV3-small x0.5 at 96 px; test top-1 42.85 %.
 
     Teacher: that of flowers102/laptop_teacher. Far too short for more, and BatchNorm costs it 5 points (docs/LOG.md).
     """
@@ -103,7 +110,9 @@ def flowers102_laptop() -> Config:
 
 
 def flowers102_laptop_study_teacher() -> Config:
-    """Fine-tune EfficientNet-Lite0 into the study's teacher at 64 px: test top-1 74.01, 12 minutes on a CPU core.
+    """The study's teacher, in 12 minutes on a CPU core.
+
+    EfficientNet-Lite0 fine-tuned by the labels at 64 px; test top-1 74.01 %.
 
     Starts from timm's published weights; without network, --student.weights FILE.
     """
@@ -121,7 +130,9 @@ def flowers102_laptop_study_teacher() -> Config:
 
 
 def flowers102_laptop_study() -> Config:
-    """The consistency study on two CPU cores: a small BiT at 48 px, 150 epochs. benchmarks/study.py runs all settings.
+    """The consistency study for two CPU cores.
+
+    A small BiT at 48 px, 150 epochs; benchmarks/study.py runs all view settings.
 
     Teacher: EfficientNet-Lite0 fine-tuned at 64 px, test top-1 74.01.
     """
