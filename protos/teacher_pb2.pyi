@@ -119,7 +119,7 @@ class Views(_message.Message):
     def __init__(self, image: _Optional[_Union[Array, _Mapping]] = ..., box: _Optional[_Union[Array, _Mapping]] = ..., flip: _Optional[_Union[Array, _Mapping]] = ...) -> None: ...
 
 class PredictRequest(_message.Message):
-    __slots__ = ("request_id", "fingerprint", "references", "encoded", "pixels", "views", "partner", "lam", "mean_of", "average", "audit", "audit_pixels")
+    __slots__ = ("request_id", "fingerprint", "references", "encoded", "pixels", "views", "partner", "lam", "mean_of", "average", "audit", "audit_pixels", "client")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     REFERENCES_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +132,7 @@ class PredictRequest(_message.Message):
     AVERAGE_FIELD_NUMBER: _ClassVar[int]
     AUDIT_FIELD_NUMBER: _ClassVar[int]
     AUDIT_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     fingerprint: str
     references: References
@@ -144,7 +145,8 @@ class PredictRequest(_message.Message):
     average: Average
     audit: Array
     audit_pixels: bool
-    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., references: _Optional[_Union[References, _Mapping]] = ..., encoded: _Optional[_Union[EncodedImages, _Mapping]] = ..., pixels: _Optional[_Union[Array, _Mapping]] = ..., views: _Optional[_Union[Views, _Mapping]] = ..., partner: _Optional[_Union[Array, _Mapping]] = ..., lam: _Optional[_Union[Array, _Mapping]] = ..., mean_of: _Optional[int] = ..., average: _Optional[_Union[Average, str]] = ..., audit: _Optional[_Union[Array, _Mapping]] = ..., audit_pixels: _Optional[bool] = ...) -> None: ...
+    client: str
+    def __init__(self, request_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., references: _Optional[_Union[References, _Mapping]] = ..., encoded: _Optional[_Union[EncodedImages, _Mapping]] = ..., pixels: _Optional[_Union[Array, _Mapping]] = ..., views: _Optional[_Union[Views, _Mapping]] = ..., partner: _Optional[_Union[Array, _Mapping]] = ..., lam: _Optional[_Union[Array, _Mapping]] = ..., mean_of: _Optional[int] = ..., average: _Optional[_Union[Average, str]] = ..., audit: _Optional[_Union[Array, _Mapping]] = ..., audit_pixels: _Optional[bool] = ..., client: _Optional[str] = ...) -> None: ...
 
 class PredictReply(_message.Message):
     __slots__ = ("request_id", "fingerprint", "logits", "audit_digest", "audit_pixels")
