@@ -276,6 +276,11 @@ def services(config: Config, world: World) -> Iterator[tuple[tuple[str, ...], ..
                     "no teacher: give the addresses of running ones (--teacher HOST:PORT), or a model to start one "
                     "beside this run (--teacher.model NAME_OR_FILE)"
                 )
+            if world.local_size < world.size:
+                raise ValueError(
+                    f"{world.size} processes on several machines, and a teacher beside one of them would be out of the "
+                    "others' reach: start teachers, and give their addresses (--teacher HOST:PORT)"
+                )
             started: list[str] = []
             if world.is_main:
                 for number, model in enumerate(config.teacher.model):

@@ -35,6 +35,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     """The rank on this machine, which is also the GPU's number."""
+    local_size: int = 1
+    """Ranks on this machine."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     connected: bool = False
     """Whether a process group exists, as DDP needs it; also for a world of one that torchrun started."""
@@ -126,7 +128,8 @@ def join(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: float = 180
         timeout=timedelta(seconds=timeout_s),
         device_id=own if cuda else None,
     )
-    return World(rank=rank, size=size, local_rank=local_rank, device=own, connected=True)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=own, connected=True)
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
