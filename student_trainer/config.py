@@ -59,8 +59,9 @@ class TeacherConfig:
     """Who answers, and how long we wait."""
 
     addresses: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--teacher"])] = ()
-    """One entry a teacher: the addresses of its replicas, host:port or unix:/path, with commas between. Several entries
-    are an ensemble (section 3.6). None: start teachers beside this run."""
+    """One entry a teacher: the addresses of its replicas with commas between: host:port, unix:/path, or dns:///name:port,
+    which is looked up again and again, so that replicas may come and go. Several entries are an ensemble (section 3.6).
+    None: start teachers beside this run."""
     model: tuple[str, ...] = ()
     """Without addresses: models to start beside this run, one a teacher (.safetensors, .npz, bit:NAME, timm name)."""
     ensemble: Literal["logits", "probabilities", "sum_kl"] = "logits"
@@ -78,8 +79,21 @@ class TeacherConfig:
     rendered pixels."""
     rows_per_request: int = 64
     """A rank's batch is sent in requests of at most so many rows."""
-    window: int = 2
-    """Requests in flight per teacher."""
+    window: int = 0
+    """Requests in flight per replica. 0: as many as keep it busy, by measured latency."""
+    hedge: float = 0.0
+    """A request that takes so many times the usual time is sent to an idle replica too; the first answer is taken.
+    0: never. Useful: 3 and more."""
+    tls_ca: Path | None = None
+    """Certificate of the authority that signed the teachers' (PEM): speak TLS to them."""
+    tls_cert: Path | None = None
+    """Our own certificate (PEM), for teachers that ask for one (mTLS)."""
+    tls_key: Path | None = None
+    """The key of tls_cert (PEM)."""
+    tls_name: str = ""
+    """The name in the teachers' certificates, where it is not the one in their address."""
+    token_file: Path | None = None
+    """File whose first line is the token that teachers want to see; read again when it changes."""
     deadline_s: float = 120.0
     """A request without an answer for so many seconds goes to another teacher; one of more than rows_per_request rows
     (fix/ic_ens) gets proportionally more."""
@@ -164,10 +178,14 @@ class Config:
     def __post_init__(self) -> None:
         for name in (
             "optim.batch_size", "optim.epochs", "optim.lr", "optim.inverse_every", "teacher.rows_per_request",
-            "teacher.window", "prefetch", "eval_batch", "log_every", "checkpoint_every",
+            "prefetch", "eval_batch", "log_every", "checkpoint_every",
         ):  # fmt: skip
             if get_setting(self, name) <= 0:
                 raise ValueError(f"--{name} is {get_setting(self, name)}; it must be greater than 0")
+        if self.teacher.window < 0:
+            raise ValueError(f"--teacher.window is {self.teacher.window}; give a number of requests, or 0 to measure")
+        if self.teacher.hedge != 0 and self.teacher.hedge <= 1:
+            raise ValueError(f"--teacher.hedge is {self.teacher.hedge}; give more than 1 usual time, or 0 for never")
         if self.device == "cpu" and self.precision == "float16":
             raise ValueError("--precision float16 needs a CUDA device; use bfloat16 or float32 on the CPU")
 
@@ -176,7 +194,8 @@ class Config:
 FREE_ON_RESUME = frozenset({
     "run_dir", "data.root", "device", "prefetch", "decode_threads", "evaluate_every", "eval_batch", "log_every",
     "checkpoint_every", "teacher.addresses", "teacher.model", "teacher.size", "teacher.transport", "teacher.store",
-    "teacher.store_failure", "teacher.rows_per_request", "teacher.window", "teacher.deadline_s",
+    "teacher.store_failure", "teacher.rows_per_request", "teacher.window", "teacher.hedge", "teacher.deadline_s",
+    "teacher.tls_ca", "teacher.tls_cert", "teacher.tls_key", "teacher.tls_name", "teacher.token_file",
     "teacher.patience_s", "teacher.audit_every", "teacher.audit_views", "data.evaluate", "data.evaluate_root",
     "data.eval_crop", "data.eval_keep", "student.weights",
 })  # fmt: skip

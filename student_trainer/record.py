@@ -24,7 +24,8 @@ _NOT_WHAT = (
     "run_dir", "device", "prefetch", "decode_threads", "log_every", "checkpoint_every", "evaluate_every", "eval_batch",
     "data.root", "data.evaluate_root", "teacher.addresses", "teacher.model", "teacher.store", "teacher.store_failure",
     "teacher.rows_per_request", "teacher.window", "teacher.deadline_s", "teacher.patience_s", "teacher.audit_every",
-    "teacher.audit_views", "teacher.transport",
+    "teacher.audit_views", "teacher.transport", "teacher.hedge", "teacher.tls_ca", "teacher.tls_cert",
+    "teacher.tls_key", "teacher.tls_name", "teacher.token_file",
 )  # fmt: skip
 
 

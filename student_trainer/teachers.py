@@ -30,6 +30,7 @@ from tqdm import tqdm
 from data_prep.index import Index
 from protos import teacher_pb2 as pb
 from student_trainer.config import Config
+from student_trainer.credentials import Credentials, Token
 from student_trainer.local_teacher import teacher_beside
 from student_trainer.logit_store import LogitStore, StoreGoneError, StoreKey, absent, open_store
 from student_trainer.pictures import Pictures
@@ -291,23 +292,36 @@ def services(config: Config, world: World) -> Iterator[tuple[tuple[str, ...], ..
 
 
 @contextlib.contextmanager
-def fleets(config: Config, addresses: Sequence[Sequence[str]], data_digest: str) -> Iterator[tuple[Fleet, ...]]:
-    """One fleet a teacher, connected.
+def fleets(
+    config: Config, addresses: Sequence[Sequence[str]], data_digest: str, client: str = ""
+) -> Iterator[tuple[Fleet, ...]]:
+    """One fleet a teacher, connected; `client` is what this run is called there.
 
     Raises:
+        ValueError: addresses or files of credentials that are none.
         TeacherError: nobody answers.
         TeacherRefusedError: teachers with different classes, or one teacher given twice.
     """
     with contextlib.ExitStack() as cleanup:
         wanted = config.teacher.transport
+        credentials = Credentials(
+            ca=config.teacher.tls_ca,
+            cert=config.teacher.tls_cert,
+            key=config.teacher.tls_key,
+            name=config.teacher.tls_name,
+            token=Token(config.teacher.token_file) if config.teacher.token_file else None,
+        )
         met = tuple(
             cleanup.enter_context(
                 Fleet(
                     replicas,
                     data_digest=data_digest,
+                    client=client,
+                    credentials=credentials,
                     transport=None if wanted == "auto" else wanted,
                     rows_per_request=config.teacher.rows_per_request,
                     window=config.teacher.window,
+                    hedge=config.teacher.hedge,
                     deadline_s=config.teacher.deadline_s,
                     patience_s=config.teacher.patience_s,
                 )

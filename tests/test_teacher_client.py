@@ -144,7 +144,7 @@ def test_a_failed_part_is_asked_again(code):
     with serving(teacher) as address, fleet(address) as teachers:
         rows = batch()
         assert np.array_equal(teachers.ask(rows).result(), expected_logits(rows))
-        assert teachers.retries == 3
+        assert teachers.state().retries == 3
 
 
 def test_a_teacher_that_dies_and_comes_back_costs_no_row():
@@ -292,12 +292,12 @@ def test_many_rows_that_must_travel_together_get_as_much_more_time():
     slow = ScriptedTeacher(delay_s=3.5)
     with serving(slow) as address, fleet(address, rows_per_request=5, deadline_s=1, patience_s=2) as teachers:
         answer = teachers.ask(rows, mean_of=50).result()
-        assert teachers.retries == 0
+        assert teachers.state().retries == 0
     np.testing.assert_array_equal(answer, averaged(expected_logits(rows), 50))
 
 
 def test_patience_counts_from_the_question_and_not_from_the_last_answer():
     """A run of fixed targets asks nothing for hours; then a slow answer is no reason to give up."""
     with serving(ScriptedTeacher(delay_s=2.5)) as address, fleet(address, patience_s=4) as teachers:
-        teachers._last_answer -= 3600
+        teachers._dispatcher._last_answer -= 3600
         assert len(teachers.ask(batch(num_rows=5)).result()) == 5
