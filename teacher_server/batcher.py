@@ -1,12 +1,12 @@
 """Which rows run together. No torch, no gRPC: rows are counted here, never looked at.
 
 Requests come from many threads; one thread runs the model. While it runs, requests gather, and the next batch
-takes what is there, first come first served, a request's rows split over batches where they do not fit. There
-is no artificial delay: trainers keep several requests in flight, so batches fill by themselves, and a delay of
-0, 5 or 20 ms gave the same throughput when it was measured.
+takes what is there: clients in fair order (fair_queue.py), a client's requests first come first served, a request's
+rows split over batches where they do not fit. There is no artificial delay: trainers keep several requests in
+flight, so batches fill by themselves, and a delay of 0, 5 or 20 ms gave the same throughput when it was measured.
 
 Places are *reserved* before any picture is read, so that what waits is bounded in memory, and an overload is an
-answer and not a growing heap.
+answer and not a growing heap. They are shared between clients, too (shares.py).
 
 Legend: K classes, R rows of a request.
 """
@@ -15,40 +15,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from teacher_server.fair_queue import FairQueue
+from teacher_server.shares import FullError, Shares
+from teacher_server.ticket import ClosedError, DeviceError, ModelError, OverloadedError, Ticket
 
 P = TypeVar("P")
 
 _FIRST_GUESS_S = 0.2  # of the time until there is room, before anything has run
 _RETRY_RANGE_S = 0.02, 10.0
 _SMOOTHING = 0.2  # weight of the last batch in the running mean of seconds per row
-
-
-class OverloadedError(Exception):
-    """No room for more rows now."""
-
-    def __init__(self, pending_rows: int, max_pending_rows: int, retry_after_s: float) -> None:
-        super().__init__(f"{pending_rows} rows are waiting, of at most {max_pending_rows}")
-        self.retry_after_s = retry_after_s
-
-
-class ClosedError(Exception):
-    """The batcher is closing and takes nothing new."""
-
-
-class WithdrawnError(Exception):
-    """Whoever asked does not wait any more."""
-
-
-class ModelError(Exception):
-    """The model failed on a batch that held rows of this ticket; its cause says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,85 +46,53 @@ Run = Callable[[Sequence[Part[P]]], NDArray[np.float32]]
 """Answers [rows of all parts in their order, K] float32."""
 
 
-class Ticket(Generic[P]):
-    """One request's place. Use as a context: leaving it gives the place back, whatever happened.
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What there is to measure about one batch."""
 
-    submit, result and the context belong to one thread; withdraw may be called from any.
-    """
-
-    def __init__(self, batcher: Batcher[P], num_rows: int) -> None:
-        self.num_rows = num_rows
-        self._batcher = batcher
-        self._settled = threading.Event()
-        self._error: Exception | None = None
-        self._answers: list[NDArray[np.float32]] = []
-        self._payload: P | None = None
-        self._num_launched = 0  # rows; touched by the running thread alone
-
-    def __enter__(self) -> Ticket[P]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.withdraw()
-        self._batcher._give_back(self)
-
-    def submit(self, payload: P) -> None:
-        """Queue up; the model will get the payload, with the rows that it shall answer."""
-        self._payload = payload
-        self._batcher._enqueue(self)
-
-    def result(self) -> NDArray[np.float32]:
-        """Wait for the answers: [R, K] float32.
-
-        Raises:
-            ModelError: the model failed on rows of this ticket.
-            WithdrawnError: withdraw was called first.
-        """
-        self._settled.wait()
-        if self._error is not None:
-            raise self._error
-        return self._answers[0] if len(self._answers) == 1 else np.concatenate(self._answers)
-
-    def withdraw(self) -> None:
-        """Nobody waits any more: rows that have not been launched never will be."""
-        self._settle(WithdrawnError("nobody waits for this request any more"))
-
-    @property
-    def settled(self) -> bool:
-        """Whether result would return or raise at once."""
-        return self._settled.is_set()
-
-    def _settle(self, error: Exception | None) -> None:
-        with self._batcher._changed:
-            if not self._settled.is_set():
-                self._error = error
-                self._settled.set()
+    num_rows: int
+    seconds: float
+    """On the model."""
+    waits_s: Sequence[float]
+    """Of requests whose first rows were in it: from submit to launch."""
 
 
 class Batcher(Generic[P]):
     """Gathers rows into batches and runs them on a thread of its own."""
 
-    def __init__(self, run: Run[P], *, batch_rows: int, max_pending_rows: int) -> None:
+    def __init__(
+        self,
+        run: Run[P],
+        *,
+        batch_rows: int,
+        max_pending_rows: int,
+        on_launch: Callable[[Launch], None] | None = None,
+        on_broken: Callable[[DeviceError], None] | None = None,
+    ) -> None:
         """Start the thread.
 
         Args:
-            run: the model. An exception of it fails the tickets that had rows in the batch, and no others.
+            run: the model. An exception of it fails the tickets that had rows in the batch, and no others; but a
+                DeviceError ends everything that is reserved.
             batch_rows: rows of one batch at most.
             max_pending_rows: rows reserved at once at most, from reservation to the end of the ticket's context.
+            on_launch: told of each batch that was answered.
+            on_broken: told of a DeviceError.
         """
         if not 1 <= batch_rows <= max_pending_rows:
             raise ValueError(f"need 1 <= batch_rows <= max_pending_rows, got {batch_rows} and {max_pending_rows}")
         self._run = run
         self._batch_rows = batch_rows
-        self._max_pending_rows = max_pending_rows
+        self._on_launch, self._on_broken = on_launch, on_broken
+        self._rows = Shares("rows", max_pending_rows)
         self._changed = threading.Condition(threading.RLock())
-        self._queue: deque[Ticket[P]] = deque()
-        self._num_tickets = 0
-        self._pending_rows = 0
+        self._queue: FairQueue[Ticket[P]] = FairQueue()
+        self._tickets: set[Ticket[P]] = set()
         self._seconds_per_row: float | None = None
-        self._closing = False
+        self._closing = ""  # why
+        self._running = False
+        self.num_ended = 0
+        """Batches that came to their end, good or bad: a sign of life."""
         self.consecutive_failures = 0
         """Batches that failed since the last one that did not."""
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
@@ -151,9 +101,19 @@ class Batcher(Generic[P]):
     @property
     def pending_rows(self) -> int:
         """Rows reserved now."""
-        return self._pending_rows
+        return self._rows.total
 
-    def reserve(self, num_rows: int) -> Ticket[P]:
+    @property
+    def num_clients(self) -> int:
+        """Clients that have rows reserved now."""
+        return self._rows.num_clients
+
+    @property
+    def at_work(self) -> bool:
+        """Whether the model runs, or rows wait for it."""
+        return self._running or len(self._queue) > 0
+
+    def reserve(self, num_rows: int, client: str = "") -> Ticket[P]:
         """Take a place for a request of so many rows, before anything is spent on it.
 
         Raises:
@@ -164,40 +124,58 @@ class Batcher(Generic[P]):
             raise ValueError(f"a request has at least one row, got {num_rows}")
         with self._changed:
             if self._closing:
-                raise ClosedError("the teacher is shutting down")
-            # A request that alone exceeds the bound is let in when it is alone, or it could never be answered.
-            if self._pending_rows and self._pending_rows + num_rows > self._max_pending_rows:
-                raise OverloadedError(self._pending_rows, self._max_pending_rows, self.retry_after_s())
-            self._pending_rows += num_rows
-            self._num_tickets += 1
-        return Ticket(self, num_rows)
+                raise ClosedError(self._closing)
+            try:
+                self._rows.take(client, num_rows)
+            except FullError as full:
+                raise OverloadedError(str(full), self.retry_after_s(num_rows if full.next_in_line else None)) from full
+            ticket = Ticket(self, num_rows, client)
+            self._tickets.add(ticket)
+        return ticket
 
-    def retry_after_s(self) -> float:
-        """Seconds until half of what waits now will have been answered: worth trying again then."""
+    def retry_after_s(self, num_rows: int | None = None) -> float:
+        """Seconds after which to try again: when half of what waits now will have been answered.
+
+        For who is next in line, when as many rows will have been answered as it wants places: num_rows.
+        """
         if self._seconds_per_row is None:
             return _FIRST_GUESS_S
         low, high = _RETRY_RANGE_S
-        return min(max(self._pending_rows * self._seconds_per_row / 2, low), high)
+        rows = self.pending_rows / 2 if num_rows is None else max(num_rows, self._batch_rows)
+        return min(max(rows * self._seconds_per_row, low), high)
 
-    def close(self, timeout_s: float | None = None) -> None:
+    def close(self, timeout_s: float | None = None) -> bool:
         """Take nothing new, wait until every ticket's context has been left, and end the thread.
 
-        After timeout_s seconds it is left behind: a device that hangs must not keep the process alive.
+        After timeout_s seconds what is left is abandoned: a device that hangs must not keep the process alive.
+        Returns whether nothing was.
         """
         with self._changed:
-            self._closing = True
+            self._closing = self._closing or "the teacher is shutting down"
             self._changed.notify_all()
         self._thread.join(timeout_s)
+        if not self._thread.is_alive():
+            return True
+        self.abandon("the teacher is shutting down, and had no time left to answer")
+        return False
+
+    def abandon(self, why: str) -> None:
+        """End every ticket now with a ClosedError, and take nothing new. A batch that runs is not waited for."""
+        with self._changed:
+            self._closing = why
+            for ticket in self._tickets:
+                ticket._settle(ClosedError(why))
+            self._changed.notify_all()
 
     def _enqueue(self, ticket: Ticket[P]) -> None:
         with self._changed:
-            self._queue.append(ticket)
+            self._queue.push(ticket.client, ticket)
             self._changed.notify_all()
 
     def _give_back(self, ticket: Ticket[P]) -> None:
         with self._changed:
-            self._pending_rows -= ticket.num_rows
-            self._num_tickets -= 1
+            self._rows.give(ticket.client, ticket.num_rows)
+            self._tickets.remove(ticket)
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -206,25 +184,27 @@ class Batcher(Generic[P]):
             if batch is None:
                 return
             self._launch(batch)
+            self._running = False
+            self.num_ended += 1
 
     def _next_batch(self) -> list[tuple[Ticket[P], Part[P]]] | None:
-        """Wait for rows and take the oldest; None when closed and nobody is left."""
+        """Wait for rows and take those whose turn it is; None when closed and nobody is left."""
         with self._changed:
             while True:
                 batch = self._take()
                 if batch:
+                    self._running = True
                     return batch
-                if self._closing and not self._num_tickets:
+                if self._closing and not self._tickets:
                     return None
                 self._changed.wait()
 
     def _take(self) -> list[tuple[Ticket[P], Part[P]]]:
         batch: list[tuple[Ticket[P], Part[P]]] = []
         room = self._batch_rows
-        while room and self._queue:
-            ticket = self._queue[0]
+        while room and (ticket := self._queue.first()) is not None:
             if ticket.settled:  # withdrawn, or failed in an earlier batch
-                self._queue.popleft()
+                self._queue.serve(0, done=True)
                 continue
             start = ticket._num_launched
             stop = min(start + room, ticket.num_rows)
@@ -232,8 +212,7 @@ class Batcher(Generic[P]):
             batch.append((ticket, Part(ticket._payload, start, stop)))
             ticket._num_launched = stop
             room -= stop - start
-            if stop == ticket.num_rows:
-                self._queue.popleft()
+            self._queue.serve(stop - start, done=stop == ticket.num_rows)
         return batch
 
     def _launch(self, batch: list[tuple[Ticket[P], Part[P]]]) -> None:
@@ -244,14 +223,26 @@ class Batcher(Generic[P]):
             answers = self._run(parts)
             if len(answers) != num_rows:
                 raise AssertionError(f"the model answered {len(answers)} rows of {num_rows}")
+        except DeviceError as error:
+            self._break(error)
+            return
         except Exception as error:  # whatever a model can raise must not end the thread that runs it
             self.consecutive_failures += 1
             for ticket, _ in batch:
                 ticket._settle(_caused(ModelError(f"the model failed: {error}"), error))
             return
         self.consecutive_failures = 0
-        self._remember_speed((time.monotonic() - began) / num_rows)
+        seconds = time.monotonic() - began
+        self._remember_speed(seconds / num_rows)
         _deliver(batch, answers)
+        if self._on_launch is not None:
+            waits_s = [began - ticket._submitted for ticket, part in batch if part.start == 0]
+            self._on_launch(Launch(num_rows, seconds, waits_s))
+
+    def _break(self, error: DeviceError) -> None:
+        self.abandon(f"this teacher's device is broken: {error}")
+        if self._on_broken is not None:
+            self._on_broken(error)
 
     def _remember_speed(self, seconds_per_row: float) -> None:
         old = self._seconds_per_row

@@ -26,10 +26,11 @@ from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import to_message
 from teacher_server import events
-from teacher_server.batcher import Batcher, ClosedError, ModelError, OverloadedError, WithdrawnError
+from teacher_server.batcher import Batcher
 from teacher_server.gate import wire_dtype
 from teacher_server.model import Scene
 from teacher_server.pictures import BadRequestError, NotHereError, Pictures, UnknownSampleError
+from teacher_server.ticket import ClosedError, ModelError, OverloadedError, WithdrawnError
 from views.setting import Average
 from views.view import view_digest
 from views.wire import Question, read_question

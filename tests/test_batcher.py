@@ -11,14 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from teacher_server.batcher import (
-    Batcher,
-    ClosedError,
-    ModelError,
-    OverloadedError,
-    Part,
-    WithdrawnError,
-)
+from teacher_server.batcher import Batcher, Launch, Part
+from teacher_server.ticket import ClosedError, DeviceError, ModelError, OverloadedError, Ticket, WithdrawnError
 
 
 class Model:
@@ -104,7 +98,7 @@ def test_too_many_waiting_rows_are_refused_with_a_time_to_come_back(make):
     with batcher.reserve(8):
         with batcher.reserve(2):
             assert batcher.pending_rows == 10
-            with pytest.raises(OverloadedError, match="10 rows are waiting, of at most 10") as refusal:
+            with pytest.raises(OverloadedError, match="10 rows are in progress, of at most 10") as refusal:
                 batcher.reserve(1)
             assert 0 < refusal.value.retry_after_s <= 10
         batcher.reserve(1).__exit__(None, None, None)
@@ -207,7 +201,7 @@ def test_closing_answers_everything_reserved_and_refuses_what_comes_later(make):
 
 
 def test_many_threads_get_exactly_their_own_rows(make):
-    """400 requests of 1 to 30 rows from 16 threads, some withdrawn: nothing lost, doubled or exchanged."""
+    """400 requests of 5 clients, 1 to 30 rows, from 16 threads, some withdrawn: nothing lost, doubled or exchanged."""
     model = Model()
     batcher = make(model, batch_rows=8, max_pending_rows=200)
 
@@ -216,7 +210,7 @@ def test_many_threads_get_exactly_their_own_rows(make):
         rows = payload(number * 100, int(rng.integers(1, 31)))
         while True:
             try:
-                with batcher.reserve(len(rows)) as ticket:
+                with batcher.reserve(len(rows), f"client {number % 5}") as ticket:
                     ticket.submit(rows)
                     if number % 10 == 3:
                         threading.Timer(rng.random() * 1e-3, ticket.withdraw).start()
@@ -235,6 +229,121 @@ def test_many_threads_get_exactly_their_own_rows(make):
     assert max(sum(map(len, batch)) for batch in model.batches) <= 8
     assert len(set(model.rows_run())) == len(model.rows_run()), "no row ran twice"
     assert batcher.pending_rows == 0
+
+
+# --- several clients ------------------------------------------------------------------------------------------------
+
+
+def submit(batcher: Batcher, client: str, rows: np.ndarray) -> Ticket:
+    ticket = batcher.reserve(len(rows), client)
+    ticket.submit(rows)
+    return ticket
+
+
+def leave(*tickets: Ticket) -> None:
+    for ticket in tickets:
+        ticket.result()
+        ticket.__exit__(None, None, None)
+
+
+def test_one_small_request_runs_after_the_batch_in_progress_however_long_anothers_queue_is(make):
+    model = Model(permits=0)
+    batcher = make(model, batch_rows=4, max_pending_rows=1000)
+    long = [submit(batcher, "long", payload(100 * i, 20)) for i in range(8)]
+    model.started.get()
+    small = submit(batcher, "small", payload(9000, 2))
+    model.permit.release(2)
+    assert small.result()[:, 1].tolist() == [9000, 9001]
+    assert len(model.batches) <= 3, "one in progress, its own, and perhaps one that began meanwhile"
+    model.permit.release(1000)
+    leave(small, *long)
+
+
+def test_clients_with_long_queues_get_equal_shares_whatever_the_size_of_their_requests(make):
+    model = Model(permits=0)
+    batcher = make(model, batch_rows=8, max_pending_rows=10_000)
+    sizes = {"one": 1, "seven": 7, "forty": 40, "hundred": 100}
+    tickets = [submit(batcher, "first", payload(0, 1))]
+    model.started.get()
+    for first, (client, size) in enumerate(sizes.items(), 1):
+        tickets += [submit(batcher, client, payload(10_000 * first + i, size)) for i in range(0, 400, size)]
+    model.permit.release(1000)
+    leave(*tickets)
+    rows = np.array(model.rows_run()[1:]) // 10_000
+    for until in range(100, 1600, 100):  # each has at least 400 rows: nobody has run out before 1600
+        served = np.bincount(rows[:until], minlength=5)[1:]
+        assert served.max() - served.min() <= 2 * 8, "two batches apart at most"
+
+
+def test_nobody_can_hold_all_rows_while_others_want_some_and_one_alone_can(make):
+    batcher = make(Model(), batch_rows=4, max_pending_rows=40)
+    alone = [batcher.reserve(10, "greedy") for _ in range(4)]
+    with pytest.raises(OverloadedError, match="40 rows are in progress, of at most 40"):
+        batcher.reserve(10, "modest")
+    alone.pop().__exit__(None, None, None)
+    with pytest.raises(OverloadedError, match="greedy has 30 rows, and others wait for their share of 40"):
+        batcher.reserve(10, "greedy")
+    modest = batcher.reserve(10, "modest")
+    for ticket in (modest, *alone):
+        ticket.__exit__(None, None, None)
+    assert (batcher.pending_rows, batcher.num_clients) == (0, 0)
+
+
+# --- the end of everything ------------------------------------------------------------------------------------------
+
+
+def test_a_broken_device_ends_every_request_at_once_and_is_told(make):
+    told: list[DeviceError] = []
+    permit = threading.Semaphore(0)
+
+    def broken(parts: list[Part[np.ndarray]]) -> np.ndarray:
+        permit.acquire()
+        raise DeviceError("CUDA error: an illegal memory access was encountered")
+
+    batcher = Batcher(broken, batch_rows=2, max_pending_rows=100, on_broken=told.append)
+    with batcher.reserve(1) as running, batcher.reserve(3) as queued, batcher.reserve(1) as reserved:
+        running.submit(payload(0, 1))
+        queued.submit(payload(0, 3))
+        permit.release()
+        for ticket in (running, queued, reserved):
+            with pytest.raises(ClosedError, match="this teacher's device is broken: CUDA error"):
+                ticket.result()
+        with pytest.raises(ClosedError, match="illegal memory"):
+            batcher.reserve(1)
+    assert batcher.close(10)
+    assert [str(error) for error in told] == ["CUDA error: an illegal memory access was encountered"]
+
+
+def test_closing_abandons_what_a_hanging_model_holds_when_the_time_is_over():
+    end = threading.Event()
+    batcher = Batcher(lambda parts: end.wait() and np.zeros((1, 1)), batch_rows=2, max_pending_rows=100)
+    with batcher.reserve(1) as ticket:
+        ticket.submit(payload(0, 1))
+        assert not batcher.close(0.05)
+        with pytest.raises(ClosedError, match="no time left"):
+            ticket.result()
+    end.set()
+    assert batcher.close(10)
+
+
+def test_a_batch_is_reported_with_its_rows_and_how_long_its_requests_waited(make):
+    reports: list[Launch] = []
+    model = Model(permits=0)
+    batcher = Batcher(model, batch_rows=4, max_pending_rows=100, on_launch=reports.append)
+    first, second = batcher.reserve(1), batcher.reserve(6)
+    first.submit(payload(0, 1))
+    model.started.get()
+    second.submit(payload(0, 6))
+    assert batcher.at_work
+    time.sleep(0.05)
+    model.permit.release(10)
+    leave(first, second)
+    batcher.close()
+    assert [report.num_rows for report in reports] == [1, 4, 2]
+    assert [len(report.waits_s) for report in reports] == [1, 1, 0], "a split request waited once"
+    assert reports[1].waits_s[0] >= 0.05
+    assert batcher.num_ended == 3
+    assert not batcher.at_work
 
 
 @pytest.mark.parametrize(("batch_rows", "max_pending_rows"), [(0, 5), (6, 5)])

@@ -644,7 +644,7 @@ def test_too_many_waiting_rows_are_refused_with_a_time_to_come_back(running, ind
     with renderers_held(server):
         waiting = [client.begin(request) for _ in range(4)]
         wait_until(lambda: batcher.pending_rows == 80)
-        with pytest.raises(grpc.RpcError, match=r"80 rows are waiting, of at most 80") as error:
+        with pytest.raises(grpc.RpcError, match=r"80 rows are in progress, of at most 80") as error:
             client.predict(request)
         assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert 1 <= pushback_ms(error.value) <= 10_000
