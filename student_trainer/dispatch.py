@@ -34,15 +34,15 @@ import grpc
 
 from protos import teacher_pb2 as pb
 from student_trainer import addresses
-from student_trainer.addresses import Addresses, Place
+from student_trainer.addresses import Addresses
 from student_trainer.answer import Part, Reading, TeacherError, TeacherRefusedError, TeachersGoneError, read
 from student_trainer.credentials import Credentials
 from student_trainer.replica import Flight, Replica, Verdict, judge, push_back_s
+from student_trainer.roster import Roster
 
 log = logging.getLogger(__name__)
 
 _MANY = 5  # failures of one part
-_DESCRIBE_S = 10.0
 _TICK_S = 0.5  # longest sleep of the thread that decides
 _SAY_AFTER_S, _SAY_EVERY_S = 3.0, 30.0  # when nobody answers
 _FEW_LATENCIES, _LATENCIES = 8, 64  # of the usual time
@@ -109,30 +109,21 @@ class Dispatcher:
         Raises:
             ValueError: the credentials do not allow to connect to one of the addresses.
         """
-        self._where = where
-        self._credentials = credentials
-        self._window = window
         self._hedge = hedge
         self._deadline_s = deadline_s
         self._patience_s = patience_s
         self._changed = threading.Condition()
         self._waiting: list[Part] = []  # sorted, oldest first
-        self._replicas: dict[str, Replica] = {}
         self._flights: set[Flight] = set()
-        self._description: pb.Description | None = None
-        self._refusal: TeacherError | None = None
-        self._words = dict.fromkeys(where.names, "not looked up yet")
-        self._kinds: dict[str, str] = {}
+        self._roster = Roster(where, credentials, self._changed, window=window, deadline_s=deadline_s)
         self._latencies: deque[float] = deque(maxlen=_LATENCIES)
         self._last_answer = self._asked = time.monotonic()
         self._said = 0.0
         self._retries = self._hedges = self._rows = 0
         self._closed = False
-        for place in where.fixed:
-            self._add(place)
         self._thread = threading.Thread(target=self._run, name="dispatch", daemon=True)
         self._thread.start()
-        where.watch(self._come_and_go, lambda entry, words: self._hear(entry, words, words), look_up)
+        self._roster.watch(look_up)
 
     # What the fleet calls.
 
@@ -144,12 +135,12 @@ class Dispatcher:
             TeacherRefusedError: one does not know us.
         """
         with self._changed:
-            while self._description is None:
-                if self._refusal is not None:
-                    raise self._refusal
+            while self._roster.description is None:
+                if self._roster.refusal is not None:
+                    raise self._roster.refusal
                 self.check_patience()
                 self._changed.wait(timeout=_TICK_S)
-            return self._description
+            return self._roster.description
 
     def put(self, part: Part) -> None:
         """Take a part to be answered."""
@@ -169,7 +160,7 @@ class Dispatcher:
         silent_s = time.monotonic() - max(self._last_answer, asked)
         if silent_s > self._patience_s + more_s:
             with self._changed:
-                words = self._last_words("\n  ")
+                words = self._roster.last_words("\n  ")
             raise TeachersGoneError(
                 f"no teacher has answered for {silent_s:.0f} s (--teacher.patience_s). Last words:{words}"
             )
@@ -178,13 +169,13 @@ class Dispatcher:
     def num_serving(self) -> int:
         """Replicas that answer at present."""
         with self._changed:
-            return sum(replica.serves() for replica in self._replicas.values())
+            return len(self._roster.serving())
 
     @property
     def num_slots(self) -> int:
         """Requests that can be under way at once, and one more a replica, or no window would ever grow."""
         with self._changed:
-            return sum(replica.window.size + 1 for replica in self._replicas.values())
+            return sum(replica.window.size + 1 for replica in self._roster.replicas.values())
 
     def state(self) -> FleetState:
         """How everybody does now."""
@@ -193,21 +184,19 @@ class Dispatcher:
                 ReplicaState(
                     target=replica.target, serves=replica.serves(), in_flight=len(replica.under_way),
                     window=replica.window.size, rows=replica.num_rows, latency_s=replica.latency_s,
-                    words=self._words.get(replica.target, ""),
+                    words=self._roster.words_of(replica.target),
                 )
-                for replica in self._replicas.values()
+                for replica in self._roster.replicas.values()
             )  # fmt: skip
             return FleetState(len(self._waiting), self._retries, self._hedges, self._rows, replicas)
 
     def close(self) -> None:
         """Send nothing more; what is under way is abandoned."""
-        self._where.close()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
-        for replica in self._replicas.values():
-            replica.close()
+        self._roster.close()
 
     # The thread that decides.
 
@@ -217,10 +206,8 @@ class Dispatcher:
                 if self._closed:
                     return
                 now = time.monotonic()
-                gone = self._those_who_left()
-                strangers = [one for one in self._replicas.values() if one.may_be_asked_who(now)]
-                for replica in strangers:
-                    replica.is_asked_who = True
+                gone = self._roster.those_who_left()
+                strangers = self._roster.strangers(now)
                 flights = self._assign(now) + self._assign_hedges(now)
                 self._say_that_nobody_answers(now)
                 if not (gone or strangers or flights):
@@ -229,13 +216,13 @@ class Dispatcher:
             for replica in gone:
                 replica.close()
             for replica in strangers:
-                self._introduce(replica)
+                self._roster.introduce(replica)
             for flight in flights:
                 self._send(flight)
 
     def _assign(self, now: float) -> list[Flight]:
         flights = []
-        while free := [replica for replica in self._replicas.values() if replica.has_room(now)]:
+        while free := [replica for replica in self._roster.serving() if replica.has_room(now)]:
             for part in self._waiting:
                 if able := [replica for replica in free if self._may_try(part, replica)]:
                     break
@@ -248,7 +235,7 @@ class Dispatcher:
     def _may_try(self, part: Part, replica: Replica) -> bool:
         """Where a part failed it is sent again only if nobody else serves."""
         return replica.target not in part.failed_at or all(
-            other.target in part.failed_at for other in self._replicas.values() if other.serves()
+            other.target in part.failed_at for other in self._roster.serving()
         )
 
     def _assign_hedges(self, now: float) -> list[Flight]:
@@ -261,7 +248,7 @@ class Dispatcher:
             if part.done or part.hedged or now - flight.sent < late_s:
                 continue
             able = [
-                one for one in self._replicas.values()
+                one for one in self._roster.serving()
                 if one.has_room(now) and one is not flight.replica and one.target not in part.failed_at
             ]  # fmt: skip
             if able:
@@ -294,106 +281,28 @@ class Dispatcher:
             call.cancel()
 
     def _pause_s(self, now: float) -> float:
-        times = [one.waits_until() - now for one in self._replicas.values() if one.rests(now)]
+        times = [one.waits_until() - now for one in self._roster.replicas.values() if one.rests(now)]
         if self._hedge and self._flights and not self._waiting:
             times.append(0.02)
         return max(0.001, min([_TICK_S, *times]))
 
     def _say_that_nobody_answers(self, now: float) -> None:
-        if self._description is not None and not self._waiting and not self._flights:
+        if self._roster.description is not None and not self._waiting and not self._flights:
             return
         silent_s = now - max(self._last_answer, self._asked)
-        serve = any(replica.serves() for replica in self._replicas.values())
-        if silent_s > (_SAY_EVERY_S if serve else _SAY_AFTER_S) and now - self._said > _SAY_EVERY_S:
+        if silent_s > (_SAY_EVERY_S if self._roster.serving() else _SAY_AFTER_S) and now - self._said > _SAY_EVERY_S:
             self._said = now
             log.warning(
                 "no teacher has answered for %.0f s; waiting up to %.0f s (--teacher.patience_s). Last words:%s",
-                silent_s, self._patience_s, self._last_words("\n  "),
-            )  # fmt: skip
-
-    def _last_words(self, between: str) -> str:
-        return "".join(f"{between}{target}: {words}" for target, words in sorted(self._words.items()))
-
-    # Replicas come and go.
-
-    def _come_and_go(self, places: frozenset[Place]) -> None:
-        with self._changed:
-            wanted = {place.target: place for place in places}
-            for target, replica in self._replicas.items():
-                replica.leaves = target not in wanted
-            for target in sorted(wanted.keys() - self._replicas.keys()):
-                try:
-                    self._add(wanted[target])
-                except ValueError as error:
-                    self._hear(target, "cannot be asked", str(error))
-            self._changed.notify_all()
-
-    def _add(self, place: Place) -> None:
-        self._replicas[place.target] = Replica(place, self._credentials, self._window)
-        self._words[place.target] = "not asked yet"
-
-    def _those_who_left(self) -> list[Replica]:
-        """Those whose name is gone and whose last part is back."""
-        gone = [one for one in self._replicas.values() if one.leaves and not one.under_way and not one.is_asked_who]
-        for replica in gone:
-            del self._replicas[replica.target]
-            self._words.pop(replica.target)
-            self._kinds.pop(replica.target, None)
-            log.info("teacher %s: left, after %d rows", replica.target, replica.num_rows)
-        return gone
-
-    def _introduce(self, replica: Replica) -> None:
-        sent = time.monotonic()
-        try:
-            replica.describe(min(_DESCRIBE_S, self._deadline_s), partial(self._described, replica, sent))
-        except ValueError as error:
-            with self._changed:
-                replica.is_asked_who = False
-                replica.failed(sent, time.monotonic())
-                self._hear(replica.target, "cannot be asked", str(error))
-
-    def _described(self, replica: Replica, sent: float, call: Any) -> None:
-        with self._changed:
-            if self._closed:
-                return
-            replica.is_asked_who = False
-            now = time.monotonic()
-            try:
-                description = call.result()
-            except grpc.FutureCancelledError:
-                replica.failed(sent, now)
-            except grpc.RpcError as error:
-                replica.failed(sent, now)
-                words = replica.words(error)
-                self._hear(replica.target, error.code().name, words)
-                if judge(error) is Verdict.LOCKED_OUT and self._description is None:
-                    self._refusal = TeacherRefusedError(f"teacher {replica.target} does not know us: {words}")
-            else:
-                self._meet(replica, description, now)
-            self._changed.notify_all()
-
-    def _meet(self, replica: Replica, description: pb.Description, now: float) -> None:
-        """Take note of who a replica is, and whether it is one of us."""
-        if self._description is None:
-            self._description = description
-        ours = self._description
-        same = ours.fingerprint == description.fingerprint
-        replica.met(same, now)
-        if same:
-            self._hear(replica.target, "serves", "serves")
-        else:
-            self._hear(
-                replica.target, "refused",
-                f"refused: its fingerprint is {description.fingerprint} ({description.model}, "
-                f"{description.precision}), this run's teacher is {ours.fingerprint} ({ours.model}, {ours.precision})",
+                silent_s, self._patience_s, self._roster.last_words("\n  "),
             )  # fmt: skip
 
     # What gRPC's threads call.
 
     def _ended(self, flight: Flight, call: Any) -> None:
-        assert self._description is not None, "nothing is asked before"
+        assert self._roster.description is not None, "nothing is asked before"
         try:
-            reading = read(flight.part, call.result(), self._description)
+            reading = read(flight.part, call.result(), self._roster.description)
         except grpc.FutureCancelledError:
             with self._changed:
                 self._end(flight)
@@ -418,7 +327,7 @@ class Dispatcher:
             replica.answered(flight, now)
             self._last_answer = now
             self._latencies.append(now - flight.sent)
-            self._hear(replica.target, "answered", "answered")
+            self._roster.hear(replica.target, "answered", "answered")
             if part.done:
                 return
             part.done = True
@@ -438,7 +347,7 @@ class Dispatcher:
                 return
             if verdict is Verdict.BUSY:
                 replica.busy(flight.sent, time.monotonic(), push_back_s(error))
-                self._hear(replica.target, error.code().name, words, part)
+                self._roster.hear(replica.target, error.code().name, words, part)
                 self._put_back(part)
                 return
             if verdict is Verdict.REFUSED or (verdict is Verdict.STRANGER and replica.target in part.unfit_at):
@@ -465,7 +374,7 @@ class Dispatcher:
             return
         replica.failed(flight.sent, time.monotonic())
         part.failed_at.add(replica.target)
-        self._hear(replica.target, kind, words, part)
+        self._roster.hear(replica.target, kind, words, part)
         if len(part.broke) >= _MANY and len(set(part.broke)) > 1:
             self._give_up(part, TeacherRefusedError(f"no teacher can answer; the last said {words}"))
         self._put_back(part)
@@ -476,7 +385,7 @@ class Dispatcher:
             return
         patience_s = self._patience_s + part.deadline_s - self._deadline_s
         if part.tries >= _MANY and time.monotonic() - part.first_sent > patience_s:
-            words = self._last_words("\n  ")
+            words = self._roster.last_words("\n  ")
             self._give_up(part, TeachersGoneError(
                 f"no teacher has answered in {part.tries} tries and {patience_s:.0f} s (--teacher.patience_s). "
                 f"Last words:{words}"
@@ -491,17 +400,3 @@ class Dispatcher:
         part.done = True
         log.error("request %s is given up: %s", part.request.request_id, error)
         part.answer.fail(type(error)(f"{error} (request {part.request.request_id})"))
-
-    def _hear(self, target: str, kind: str, words: str, about: Part | None = None) -> None:
-        """Remember what a replica said last; log it when it is of another kind than what it said before."""
-        with self._changed:
-            self._words[target] = words
-            before = self._kinds.get(target)
-            if kind == before or (kind == "serves" and before is not None):  # that it works, only an answer shows
-                return
-            self._kinds[target] = kind
-            if (before, kind) == ("serves", "answered"):
-                return
-            well = kind in ("answered", "serves") or kind.startswith("stands for")
-            request = f" (request {about.request.request_id})" if about else ""
-            log.log(logging.INFO if well else logging.WARNING, "teacher %s: %s%s", target, words, request)
