@@ -7,7 +7,7 @@ or the picture (is the box inside it?) is checked by the teacher, which has them
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -56,6 +56,10 @@ class Question:
     def num_views(self) -> int:
         """The number of views V."""
         return len(self.image) if self.pixels is None else len(self.pixels)
+
+    def without_pictures(self) -> Question:
+        """The same without what its pictures or pixels weigh, for when they have been rendered."""
+        return replace(self, encoded=(), pixels=None)
 
     def name(self, view: int) -> str:
         """What to call a view in an error: its row, and its sample where known."""
