@@ -5,6 +5,7 @@ torch's compiler has its own switch: TORCH_COMPILE_DISABLE=1 in the environment 
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,17 @@ class Config:
     data: tuple[Path, ...] = ()
     """Prepared data sets (data_prep/prepare.py) that requests may refer to. Without one, pictures must be sent."""
     address: str = "127.0.0.1:50051"
-    """HOST:PORT, port 0 for any free one, or unix:/PATH. There is no encryption and no password: trust the network."""
+    """HOST:PORT, port 0 for any free one, or unix:/PATH. Off this machine it needs TLS, and a token or mTLS."""
+    tls_cert: Path | None = None
+    """PEM file with the server's certificate (chain): TLS. Renewed files are taken up while serving."""
+    tls_key: Path | None = None
+    """PEM file with its key, without a password."""
+    tls_client_ca: Path | None = None
+    """PEM file with the authority that callers' certificates must be of (mTLS)."""
+    token_file: Path | None = None
+    """File of accepted tokens, one a line; callers must send one. Read again when it changes."""
+    insecure: bool = False
+    """Listen off this machine without TLS, or to callers without token and certificate: trust the network."""
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, or cuda:N."""
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -43,6 +54,10 @@ class Config:
     max_pending_rows: int = 4096
     """Rows of all requests in progress at most; beyond, RESOURCE_EXHAUSTED with a time to come back.
     A row costs up to 2 * size * size * 3 bytes while it waits."""
+    max_picture_pixels: int = 64_000_000
+    """Height times width of one picture that a request carries, at most; refused before it is decoded."""
+    max_picture_bytes: int = 32 * 2**20
+    """Of one picture file that a request carries, at most."""
     threads: int = 0
     """CPU threads for decoding, and on the CPU for the forward pass; 0: all of this process's cores."""
     gate_images: int = 64
@@ -72,6 +87,10 @@ class Config:
             )
         if (self.batch_rows or 0) > self.max_pending_rows:
             raise ValueError(f"--max-pending-rows must hold one batch, got {self.max_pending_rows}")
+        if not 1 <= self.max_picture_pixels <= 2**30:
+            raise ValueError(f"--max-picture-pixels must lie in 1..2**30, got {self.max_picture_pixels}")
+        if self.max_picture_bytes < 1:
+            raise ValueError(f"--max-picture-bytes must be positive, got {self.max_picture_bytes}")
         if not 0 <= self.threads <= 1024:
             raise ValueError(f"--threads must lie in 0..1024, got {self.threads}")
         if not 1 <= self.gate_images <= 4096:
@@ -80,8 +99,42 @@ class Config:
             raise ValueError("--gate-max-difference and --gate-max-kl must be positive, --gate-min-agreement in 0..1")
         if self.drain_s < 0:
             raise ValueError(f"--drain-s must not be negative, got {self.drain_s}")
+        self._check_door()
 
     @property
     def num_threads(self) -> int:
         """The threads to use, a positive number."""
         return self.threads or len(os.sched_getaffinity(0))
+
+    def _check_door(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together: give both or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca checks callers inside TLS: give --tls-cert and --tls-key too")
+        if self.insecure or is_private(self.address):
+            return
+        missing = [] if self.tls_cert is not None else ["--tls-cert FILE --tls-key FILE"]
+        if self.token_file is None and self.tls_client_ca is None:
+            missing.append("--token-file FILE (or --tls-client-ca FILE)")
+        if missing:
+            raise ValueError(
+                f"--address {self.address} can be reached from other machines: give {' and '.join(missing)}, or say "
+                f"--insecure if you trust everyone on that network; 127.0.0.1, localhost and unix:/PATH need neither"
+            )
+
+
+def is_private(address: str) -> bool:
+    """Whether an address can be reached from this machine alone; no, where it is not understood."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0]
+    if host == "localhost":
+        return True
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:  # an IPv6 address without brackets: where its port begins is a guess
+        return False
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -26,7 +26,7 @@ from data_prep.index import Index
 from models import ModelCard
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
-from teacher_server import events, gate
+from teacher_server import events, gate, tls
 from teacher_server.batcher import Batcher
 from teacher_server.config import Config
 from teacher_server.model import (
@@ -41,6 +41,7 @@ from teacher_server.model import (
 )
 from teacher_server.pictures import Pictures, make_renderers
 from teacher_server.service import MAX_CONCURRENT_PREDICTS, SERVICE_NAME, Desk, TeacherService
+from teacher_server.tokens import TokenGuard, Tokens
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 """Of one request or reply: 1700 views of 224 pixels, 600 of 384. Without a bound, one caller could fill the memory."""
@@ -76,7 +77,10 @@ class Server:
         self._service = TeacherService(self._break)
         self._batcher: Batcher[Scene] | None = None
         self._threads = ThreadPoolExecutor(MAX_CONCURRENT_PREDICTS + _SPARE_THREADS, thread_name_prefix="handler")
-        self._server = grpc.server(self._threads, options=_OPTIONS)
+        guards: list[grpc.ServerInterceptor] = []
+        if config.token_file is not None:
+            guards.append(TokenGuard(Tokens(config.token_file)))
+        self._server = grpc.server(self._threads, interceptors=guards, options=_OPTIONS)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         pb_grpc.add_TeacherServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
         names = SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME
@@ -86,13 +90,19 @@ class Server:
         """Bind the config's address and answer health checks with NOT_SERVING.
 
         Raises:
-            ValueError: the address cannot be bound.
+            ValueError: the address cannot be bound, or a file of keys is wrong.
         """
         asked = self._config.address
+        secrets = tls.credentials(self._config)
+        # A socket in the file system belongs to this user alone; nothing else makes files meanwhile.
+        umask = os.umask(0o177) if asked.startswith("unix:") else None
         try:
-            port = self._server.add_insecure_port(asked)
+            port = self._server.add_secure_port(asked, secrets) if secrets else self._server.add_insecure_port(asked)
         except RuntimeError as error:
             raise ValueError(f"cannot listen on {asked!r} (--address): {error}") from error
+        finally:
+            if umask is not None:
+                os.umask(umask)
         host, colon, _ = asked.rpartition(":")
         self.address = asked if asked.startswith("unix:") else f"{host}{colon}{port}"
         self._server.start()
