@@ -7,6 +7,9 @@ BIN := .venv/bin
 DATA ?= digits
 SOURCE ?=
 TWO_RANKS := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 student_trainer/main.py
+# The study's epochs, where the recipes' own are too many: EPOCHS=2 tries the command in a quarter of an hour.
+EPOCHS ?=
+STUDY := runs/study$(if $(EPOCHS),-$(EPOCHS))
 DEMO := runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
 
 .PHONY: help
@@ -52,9 +55,9 @@ demo: .venv/installed ## the main job on a small data set: prepare, train a teac
 study: .venv/installed ## the consistency study on Flowers102: all view settings, two seeds (hours on two cores)
 	$(BIN)/python -m data_prep.prepare flowers102 --out runs/data/flowers102 $(if $(SOURCE),--source $(SOURCE))
 	OMP_NUM_THREADS=1 $(BIN)/python student_trainer/main.py --recipe flowers102/laptop_study_teacher \
-		--run-dir runs/study/teacher $(if $(WEIGHTS),--student.weights $(WEIGHTS))
-	$(BIN)/python -m benchmarks.study --data runs/data/flowers102 --teacher runs/study/teacher/model.safetensors \
-		--out runs/study
+		--run-dir $(STUDY)/teacher $(if $(WEIGHTS),--student.weights $(WEIGHTS)) $(if $(EPOCHS),--optim.epochs $(EPOCHS))
+	$(BIN)/python -m benchmarks.study --data runs/data/flowers102 --teacher $(STUDY)/teacher/model.safetensors \
+		--out $(STUDY) $(if $(EPOCHS),-- --optim.epochs $(EPOCHS))
 
 .PHONY: lock
 lock: .venv/installed ## resolve requirements.lock anew from pyproject.toml
