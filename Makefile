@@ -7,7 +7,7 @@ BIN := .venv/bin
 DATA ?= digits
 SOURCE ?=
 TWO_RANKS := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 student_trainer/main.py
-# The study's epochs, where the recipes' own are too many: EPOCHS=2 tries the command in a quarter of an hour.
+# The study's epochs, where the recipes' own are too many: EPOCHS=15 (warm-up needs so many) tries the whole command in half an hour.
 EPOCHS ?=
 STUDY := runs/study$(if $(EPOCHS),-$(EPOCHS))
 DEMO := runs/demo$(if $(filter-out digits,$(DATA)),-$(DATA))
