@@ -33,6 +33,10 @@ MAX_PIXEL_DIFFERENCE = {"cpu": 0, "cuda": 8}
 """Largest |difference| in grey levels between two renderings of one view that is still the same view, by the
 device of the less exact side. For CUDA this is an assumption, not measured yet."""
 
+# What DALI decodes and Pillow too. Others of Pillow's would let a file choose what runs: one starts a PostScript
+# interpreter.
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000")
+
 _INTERPOLATIONS = {"linear": types.INTERP_LINEAR, "cubic": types.INTERP_CUBIC}
 
 # Truncation, as in the reference (big_vision pp/ops_image.py casts without rounding). DALI weights sum to 1 only up to
@@ -109,13 +113,15 @@ class Renderer:
         shared = len(image) >= 2 * len(np.unique(image))
         parts: list[torch.Tensor] = []
         decoded: dict[int, Any] = {}
+        looked_at: set[np.int32] = set()
         for start in range(0, len(image), self._max_views):
             part = slice(start, start + self._max_views)
             shown = [pictures[i] for i in image[part]]
             for view, picture in enumerate(shown):
                 # A decoder that needs only the top of a picture does not notice that its end is missing.
-                if _is_jpeg_without_end(picture):
+                if image[start + view] not in looked_at and _is_jpeg_without_end(picture):
                     self._raise_bad_picture(shown[view : view + 1], box[part][view : view + 1], start + view)
+                looked_at.add(image[start + view])
             try:
                 if shared:
                     # Views of one picture mostly follow each other: what the last part decoded is kept for this one.
@@ -193,10 +199,14 @@ class Renderer:
 
     @staticmethod
     def _raise_bad_picture(pictures: list[NDArray[np.uint8]], box: NDArray[np.int32], start: int) -> None:
+        sizes: dict[int, tuple[int, int]] = {}  # decoded once, however many views show it
         for view, (picture, yxhw) in enumerate(zip(pictures, box, strict=True)):
-            reason = _find_fault(picture, yxhw)
-            if reason:
-                raise BadPictureError(start + view, reason)
+            try:
+                if id(picture) not in sizes:
+                    sizes[id(picture)] = _decoded_size(picture)
+                _check_box(yxhw, sizes[id(picture)])
+            except ValueError as error:
+                raise BadPictureError(start + view, str(error)) from error
 
 
 def _box_of_file(rendering: Rendering, on_gpu: bool) -> Any:
@@ -252,14 +262,19 @@ def _is_jpeg_without_end(picture: NDArray[np.uint8]) -> bool:
     return head == b"\xff\xd8" and tail != b"\xff\xd9"
 
 
-def _find_fault(picture: NDArray[np.uint8], box: NDArray[np.int32]) -> str | None:
-    """Why this box of this picture cannot be rendered, by a second decoder; None if it can."""
+def _decoded_size(picture: NDArray[np.uint8]) -> tuple[int, int]:
+    """(height, width), upright, by a second decoder; ValueError where that does not decode either."""
     try:
-        with Image.open(io.BytesIO(picture.tobytes())) as opened:
+        with Image.open(io.BytesIO(picture.tobytes()), formats=_FORMATS) as opened:
             width, height = ImageOps.exif_transpose(opened).size
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return f"the picture ({len(picture)} bytes) does not decode: {error}"
-    y, x, h, w = (int(number) for number in box)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the picture ({len(picture)} bytes) does not decode: {error}") from error
+    return height, width
+
+
+def _check_box(box: NDArray[np.int32], size: tuple[int, int]) -> None:
+    (y, x, h, w), (height, width) = box.tolist(), size
     if y < 0 or x < 0 or h < 1 or w < 1 or y + h > height or x + w > width:
-        return f"the box (y={y}, x={x}, h={h}, w={w}) leaves the picture of {height} x {width} pixels (h x w)"
-    return None
+        raise ValueError(
+            f"the box (y={y}, x={x}, h={h}, w={w}) leaves the picture of {height} x {width} pixels (h x w)"
+        )
