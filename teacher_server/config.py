@@ -71,6 +71,13 @@ class Config:
     synthetic pictures, a rounding decides; a trained EfficientNet-Lite0 in bfloat16 agreed on 80 % of those."""
     drain_s: float = 60.0
     """Seconds that requests in progress get to finish after SIGTERM."""
+    stall_s: float = 120.0
+    """The teacher ends itself when for so many seconds no batch and no rendering comes to its end, while there is work:
+    a device that hangs raises no error. Longer than the slowest batch, and the slowest request's decoding, may take."""
+    metrics_address: str = ""
+    """HOST:PORT where Prometheus reads the metrics over HTTP, port 0 for any free one; empty: nowhere."""
+    log_format: Literal["text", "json"] = "text"
+    """json: each line of the log is one JSON object."""
     address_file: Path | None = None
     """Written, in one piece, with the address that is actually bound, once the server serves."""
     exit_when_stdin_closes: bool = False
@@ -99,6 +106,8 @@ class Config:
             raise ValueError("--gate-max-difference and --gate-max-kl must be positive, --gate-min-agreement in 0..1")
         if self.drain_s < 0:
             raise ValueError(f"--drain-s must not be negative, got {self.drain_s}")
+        if not self.stall_s > 0:
+            raise ValueError(f"--stall-s must be positive, got {self.stall_s}")
         self._check_door()
 
     @property

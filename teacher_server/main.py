@@ -1,7 +1,8 @@
 """The door: `python -m teacher_server.main --model NAME_OR_FILE [--data DIR ...]`; --help lists every setting.
 
-Exit codes: 0 drained as asked, 2 a setting or file is wrong, 3 the start-up gate refused, 4 the model broke.
-The first SIGTERM (or SIGINT) drains: NOT_SERVING, requests in progress finish. The second ends at once.
+Exit codes: 0 drained as asked, 2 a setting or file is wrong, 3 the start-up gate refused, 4 model or device broke or
+hung. The first SIGTERM (or SIGINT) drains: NOT_SERVING, requests in progress finish, and the process ends within
+--drain-s and 5 seconds. The second ends at once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def main() -> int:
     events.set_up()
     try:
         config = tyro.cli(Config, description=__doc__)
+        events.set_up(config.log_format)
         _yield_idle_cores()
         # torch and DALI take seconds to import: --help and a wrong flag are answered before.
         from teacher_server.server import create_server
@@ -40,10 +42,12 @@ def main() -> int:
     _end_on_signals(server)
     if config.exit_when_stdin_closes:
         threading.Thread(target=_end_with_stdin, args=(server,), name="stdin", daemon=True).start()
-    if code := _load(server):
-        server.drain()
-        return code
-    return _serve(server, config.address_file, address)
+    code = _load(server) or _serve(server, config.address_file, address)
+    if not server.drain():
+        events.event("left_behind", reason="a thread hangs in the device or in a decoder; the process ends without it")
+        os._exit(code)
+    events.event("stopped", address=address, exit_code=code)
+    return code
 
 
 def _yield_idle_cores() -> None:
@@ -60,6 +64,7 @@ def _yield_idle_cores() -> None:
 def _load(server: Server) -> int:
     """0, or the exit code of what went wrong."""
     from teacher_server.gate import GateError
+    from teacher_server.model import broken_device
 
     try:
         server.load()
@@ -67,6 +72,10 @@ def _load(server: Server) -> int:
         return _give_up(error, _REFUSED)
     except (ValueError, OSError) as error:
         return _give_up(error, _WRONG)
+    except RuntimeError as error:
+        if broken_device(error) is None:
+            raise
+        return _give_up(error, _BROKEN)
     return 0
 
 
@@ -79,14 +88,11 @@ def _serve(server: Server, address_file: Path | None, address: str) -> int:
     events.event("draining", address=address, broken=server.broken)
     if address_file is not None:
         address_file.unlink(missing_ok=True)
-    server.drain()
-    events.event("stopped", address=address)
     return _BROKEN if server.broken else 0
 
 
 def _give_up(error: Exception, code: int) -> int:
     events.event("gave_up", exit_code=code, reason=str(error))
-    print(f"teacher_server: {error}", file=sys.stderr)
     return code
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +32,10 @@ import models
 from models import ModelCard
 from teacher_server.batcher import Part
 from teacher_server.config import Config, Precision
+from teacher_server.ticket import DeviceError
 from views.mix import mix
 
+_BROKEN = re.compile(r"CUDA (runtime API |driver API )?error|CUDA allocation failed|cuDNN error", re.IGNORECASE)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DEFAULT_BATCH_ROWS = {"cpu": 32, "cuda": 128}
 # modules/batchnorm.py keeps its base class private; these are what is public of it.
@@ -98,10 +101,36 @@ class Teacher:
         return logits
 
     def answer(self, parts: Sequence[Part[Scene]]) -> NDArray[np.float32]:
-        """The batcher's model: float32 [rows of all parts, K]."""
-        rows = torch.cat([part.payload.rows(part.start, part.stop, self.card).to(self.device) for part in parts])
-        logits: NDArray[np.float32] = self.logits(rows).cpu().numpy()
+        """The batcher's model: float32 [rows of all parts, K].
+
+        Raises:
+            DeviceError: the device is broken.
+        """
+        try:
+            rows = torch.cat([part.payload.rows(part.start, part.stop, self.card).to(self.device) for part in parts])
+            logits: NDArray[np.float32] = self.logits(rows).cpu().numpy()
+        except Exception as error:
+            if (how := broken_device(error)) is None:
+                raise
+            raise DeviceError(how) from error
         return logits
+
+
+def broken_device(error: BaseException) -> str | None:
+    """How the device is broken, if that is what an error (or what it came from) says; else None.
+
+    After a CUDA error no later call of this process can succeed. Out of memory is one of them: batches have one shape,
+    which ran at start-up, so somebody else has taken the memory or it has leaked, and another replica is better off.
+    Not verified on a GPU; the words are those of torch (c10/cuda/CUDAException.h) and of DALI.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, torch.OutOfMemoryError | torch.AcceleratorError):
+            return str(cause)
+        if isinstance(cause, RuntimeError) and _BROKEN.search(str(cause)):
+            return str(cause)
+        cause = cause.__cause__
+    return None
 
 
 def load(config: Config) -> tuple[nn.Module, ModelCard]:

@@ -1,54 +1,43 @@
-"""What listens, and its life: bound -> loading -> gate -> serving -> draining -> gone.
+"""What listens, and its life: bound -> loading -> gate -> serving -> draining (or broken) -> gone.
 
 The port is bound and the health service answers before the model is loaded, so that whoever waits can see that
 this process lives but does not serve yet. `create_server` makes it, `load` may take minutes, `drain` ends it.
+
+A teacher whose device fails, or makes no progress any more, takes itself out of service: NOT_SERVING, everything in
+progress is answered UNAVAILABLE so that another replica answers, and its owner is told to end the process.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
 
 import grpc
-import numpy as np
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from torch import nn
 
-import models
-from data_prep.index import Index
-from models import ModelCard
 from protos import teacher_pb2 as pb
-from protos import teacher_pb2_grpc as pb_grpc
-from teacher_server import events, gate, tls
+from teacher_server import events, tls
+from teacher_server.admission import MAX_CALLS, MAX_MESSAGE_BYTES, MAX_SEATS, Admission
 from teacher_server.batcher import Batcher
 from teacher_server.config import Config
-from teacher_server.model import (
-    Scene,
-    Teacher,
-    be_reproducible,
-    choose_batch_rows,
-    choose_device,
-    choose_precision,
-    fingerprint,
-    load,
-)
-from teacher_server.pictures import Pictures, make_renderers
-from teacher_server.service import MAX_CONCURRENT_PREDICTS, SERVICE_NAME, Desk, TeacherService
+from teacher_server.loading import Loaded, load_teacher
+from teacher_server.metrics import Metrics, MetricsPort
+from teacher_server.model import Scene
+from teacher_server.service import SERVICE_NAME, Desk, TeacherService
 from teacher_server.tokens import TokenGuard, Tokens
+from teacher_server.turns import Turns
+from teacher_server.watchdog import Watchdog
 
-MAX_MESSAGE_BYTES = 256 * 2**20
-"""Of one request or reply: 1700 views of 224 pixels, 600 of 384. Without a bound, one caller could fill the memory."""
-
-_SPARE_THREADS = 8  # for health, Describe, reflection and refusals, whatever Predict does
-_NUM_RENDERERS = 2  # one renders while the other's pictures are read
+_SPARE_THREADS = 16  # for health, Describe, reflection and refusals, whatever Predict does
+_MAX_RENDERING = 4  # requests: as many render as there are renderers, the others read their pictures meanwhile
 _LAST_REPLIES_S = 2.0  # to get the last replies out; the streams of health watchers never end by themselves
+_BROKEN_REPLIES_S = 1.0  # for a batcher whose requests have been abandoned; a device that hangs is not waited for
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -68,21 +57,30 @@ class Server:
     def __init__(self, config: Config) -> None:
         self.address = ""
         self.ended = threading.Event()
-        """Set when the server should be drained: by whoever owns it, or by itself when the model is broken."""
+        """Set when the server should be drained: by whoever owns it, or by itself when it is broken."""
         self.broken = False
-        """The model failed again and again."""
+        """Model or device failed, or made no progress: the process must end."""
+        self.metrics_address = ""
+        """Where the metrics are read; empty: nowhere."""
         self._config = config
+        self._breaking = threading.Lock()
+        self._metrics = Metrics()
+        self._metrics_port: MetricsPort | None = None
+        self._watchdog: Watchdog | None = None
+        self._desk: Desk | None = None
         self._health = health.HealthServicer()
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)  # its own default is SERVING
-        self._service = TeacherService(self._break)
-        self._batcher: Batcher[Scene] | None = None
-        self._threads = ThreadPoolExecutor(MAX_CONCURRENT_PREDICTS + _SPARE_THREADS, thread_name_prefix="handler")
+        self._admission = Admission()
+        self._service = TeacherService(self._admission, self._metrics, self._break)
+        self._threads = ThreadPoolExecutor(MAX_SEATS + _SPARE_THREADS, thread_name_prefix="handler")
         guards: list[grpc.ServerInterceptor] = []
         if config.token_file is not None:
             guards.append(TokenGuard(Tokens(config.token_file)))
-        self._server = grpc.server(self._threads, interceptors=guards, options=_OPTIONS)
+        self._server = grpc.server(
+            self._threads, interceptors=guards, options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        pb_grpc.add_TeacherServicer_to_server(self._service, self._server)  # type: ignore[no-untyped-call]
+        self._server.add_registered_method_handlers(SERVICE_NAME, self._service.handlers())
         names = SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME
         reflection.enable_server_reflection(names, self._server)
 
@@ -105,6 +103,9 @@ class Server:
                 os.umask(umask)
         host, colon, _ = asked.rpartition(":")
         self.address = asked if asked.startswith("unix:") else f"{host}{colon}{port}"
+        if self._config.metrics_address:
+            self._metrics_port = MetricsPort(self._config.metrics_address, self._metrics)
+            self.metrics_address = self._metrics_port.address
         self._server.start()
 
     def load(self) -> pb.Description:
@@ -115,39 +116,88 @@ class Server:
             GateError: the network must not be served.
         """
         began = time.monotonic()
-        desk, report = _set_up_desk(self._config)
-        self._batcher = desk.batcher
+        loaded = load_teacher(self._config)
+        self._desk = desk = self._make_desk(loaded)
+        self._watchdog = Watchdog(
+            stall_s=self._config.stall_s,
+            at_work=lambda: desk.batcher.at_work or desk.turns.at_work,
+            num_ended=lambda: desk.batcher.num_ended + desk.turns.num_ended,
+            on_stall=self._break,
+            chores=(self._admission.cancel_late, self._service.refusals.flush),
+        )
         self._service.open(desk)
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        _log_start(self.address, desk.description, report, time.monotonic() - began)
-        return desk.description
+        _log_start(self.address, self.metrics_address, loaded, time.monotonic() - began)
+        return loaded.description
 
-    def drain(self) -> None:
+    def _make_desk(self, loaded: Loaded) -> Desk:
+        teacher, description = loaded.teacher, loaded.description
+        batcher: Batcher[Scene] = Batcher(
+            teacher.answer,
+            batch_rows=teacher.batch_rows,
+            max_pending_rows=self._config.max_pending_rows,
+            on_launch=self._metrics.launched,
+            on_broken=lambda error: self._break(str(error)),
+        )
+        self._metrics.loaded(
+            model=description.model,
+            fingerprint=description.fingerprint,
+            precision=description.precision,
+            batch_rows=teacher.batch_rows,
+            queue_rows=lambda: batcher.pending_rows,
+            queue_clients=lambda: batcher.num_clients,
+            gpu_memory=_gpu_memory(teacher.device),
+        )
+        return Desk(description=description, pictures=loaded.pictures, turns=Turns(_MAX_RENDERING), batcher=batcher)
+
+    def drain(self) -> bool:
         """Say NOT_SERVING, answer nothing new, let requests in progress finish for drain_s at most, and stop.
 
         Until they have finished the port stays open and says UNAVAILABLE: gRPC's own stop would cancel calls
-        that come just then, which looks like the caller's doing.
+        that come just then, which looks like the caller's doing. Takes drain_s and 4 s at most.
+
+        Returns whether nothing is at work any more. Otherwise a thread hangs in the device or in a decoder, the
+        interpreter would wait for it, and only os._exit ends the process.
         """
+        self._metrics.serving.set(0)
         self._health.enter_graceful_shutdown()
         self._service.close()
-        if self._batcher is not None:
-            self._batcher.close(self._config.drain_s)
+        idle = True
+        if self._desk is not None:
+            batcher_ended = self._desk.batcher.close(_BROKEN_REPLIES_S if self.broken else self._config.drain_s)
+            idle = batcher_ended and not self._desk.turns.at_work
         self._server.stop(_LAST_REPLIES_S).wait()
         self._threads.shutdown(wait=False)
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        self._service.refusals.flush()
+        if self._metrics_port is not None:
+            self._metrics_port.close()
+        return idle
 
     @property
     def serving(self) -> bool:
         """Whether load has come to its end."""
-        return self._batcher is not None
+        return self._desk is not None
 
-    def _break(self) -> None:
+    def _break(self, why: str) -> None:
+        """Leave the service at once; from any thread, any number of times."""
+        with self._breaking:
+            if self.broken:
+                return
+            self.broken = True
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self.broken = True
+        sentence = f"this teacher is broken: {why}"
+        self._service.close(sentence)
+        if self._desk is not None:
+            self._desk.batcher.abandon(sentence)
+        events.event("broken", reason=why)
         self.ended.set()
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", SERVICE_NAME):
             self._health.set(service, status)
+        self._metrics.serving.set(status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def create_server(config: Config) -> tuple[Server, str]:
@@ -157,94 +207,21 @@ def create_server(config: Config) -> tuple[Server, str]:
     return server, server.address
 
 
-def _set_up_desk(config: Config) -> tuple[Desk, gate.Report]:
-    indexes = [Index.open(root) for root in config.data]
-    device = choose_device(config.device)
-    be_reproducible(config.num_threads)
-    module, card = load(config)
-    renderers, version = make_renderers(
-        card.size, config.interpolation, config.antialias,
-        device=device, num_threads=config.num_threads, num=_NUM_RENDERERS,
-    )  # fmt: skip
-    pictures = Pictures(indexes, renderers)
-    weights_digest = models.weights_digest(module)
-    teacher, report = _gated_teacher(module, card, config, device, pictures)
-    description = _describe(config, teacher, weights_digest, version, pictures)
-    description.batch_invariant = report.batch_invariant
-    batcher = Batcher(teacher.answer, batch_rows=teacher.batch_rows, max_pending_rows=config.max_pending_rows)
-    return Desk(description=description, pictures=pictures, batcher=batcher), report
+def _gpu_memory(device: torch.device) -> dict[str, Callable[[], float]]:
+    if device.type != "cuda":
+        return {}
+    return {
+        "allocated": lambda: torch.cuda.memory_allocated(device),
+        "reserved": lambda: torch.cuda.memory_reserved(device),
+    }
 
 
-def _gated_teacher(
-    module: nn.Module, card: ModelCard, config: Config, device: torch.device, pictures: Pictures
-) -> tuple[Teacher, gate.Report]:
-    """The teacher, warm; GateError if it must not serve."""
-    precision = choose_precision(config.precision, device)
-    batch_rows = choose_batch_rows(config.batch_rows, device)
-    shape: dict[str, Any] = {"device": device, "batch_rows": batch_rows}
-    reference = None
-    if precision != "float32":
-        reference = Teacher(copy.deepcopy(module), card, precision="float32", **shape)
-    teacher = Teacher(module, card, precision=precision, **shape)
-    pixels, source = _gate_pixels(config, card, pictures)
-    report = gate.measure(teacher, reference, pixels)
-    events.event("gate", pictures=source, precision=precision, **asdict(report))
-    gate.judge(report, config)
-    return teacher, report
-
-
-def _gate_pixels(config: Config, card: ModelCard, pictures: Pictures) -> tuple[torch.Tensor, str]:
-    """Views for the gate, and where they are from: whole pictures, spread over the first data set."""
-    index = next(iter(pictures.data_sets.values()), None)
-    if index is None or not pictures.renders:
-        return gate.synthetic_pixels(config.gate_images, card.size), "synthetic"
-    sample = np.unique(np.linspace(0, len(index) - 1, config.gate_images).astype(np.int64))
-    return pictures.whole(index, sample), index.name
-
-
-def _describe(
-    config: Config, teacher: Teacher, weights_digest: str, render_version: str, pictures: Pictures
-) -> pb.Description:
-    card = teacher.card
-    decoder = "" if not pictures.renders else "gpu" if teacher.device.type == "cuda" else "cpu"
-    rendering = pb.Rendering(
-        size=card.size,
-        interpolation=config.interpolation,
-        antialias=config.antialias,
-        version=render_version,
-        decoder=decoder,
-    )
-    return pb.Description(
-        fingerprint=fingerprint(
-            {
-                "architecture": card.architecture,
-                "weights": weights_digest,
-                "num_classes": card.num_classes,
-                "mean": card.mean,
-                "std": card.std,
-                "precision": teacher.precision,
-                "batch_rows": teacher.batch_rows,
-                "rendering": [card.size, config.interpolation, config.antialias, render_version, decoder],
-            }
-        ),
-        model=card.architecture,
-        num_classes=card.num_classes,
-        precision=teacher.precision,
-        rendering=rendering,
-        max_rows=config.max_rows,
-        data_sets=[
-            pb.DataSet(name=index.name, digest=index.digest, num_samples=len(index))
-            for index in pictures.data_sets.values()
-        ],
-        weights_digest=weights_digest,
-        renders=pictures.renders,
-    )
-
-
-def _log_start(address: str, description: pb.Description, report: gate.Report, seconds: float) -> None:
+def _log_start(address: str, metrics_address: str, loaded: Loaded, seconds: float) -> None:
+    description = loaded.description
     events.event(
         "serving",
         address=address,
+        metrics_address=metrics_address,
         pid=os.getpid(),
         model=description.model,
         weights=description.weights_digest,
@@ -254,7 +231,7 @@ def _log_start(address: str, description: pb.Description, report: gate.Report, s
         num_classes=description.num_classes,
         data_sets=[data_set.name for data_set in description.data_sets],
         renders=description.renders,
-        gate=asdict(report),
+        gate=asdict(loaded.report),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         load_s=round(seconds, 1),

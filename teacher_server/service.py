@@ -1,46 +1,49 @@
 """The RPC methods. Status codes live here, and only here.
 
-A request's way: checked without pictures -> a place reserved in the batcher -> pictures read and rendered on
-the handler's thread -> its rows wait for the model -> logits. Everything that a request can do wrong ends in a
-status and a sentence that names the row; nothing that a request does ends the server.
+A request's way: admitted (admission.py) -> its message read and checked without pictures -> rows reserved in the
+batcher -> its turn to have its pictures read and rendered, on the handler's thread -> its rows wait for the model ->
+logits. At every border it is dropped if nobody waits for it any more. Everything that a request can do wrong ends in
+a status and a sentence that names the row; nothing that a request does ends the server.
 
-Handlers are plain threads. Fewer Predict calls are let in than there are threads, so that health checks and
-Describe always find one: a teacher that is busy must not look dead.
+Predict is unary on the wire. Here it is handled as a stream of one message, because gRPC calls the handler of a unary
+method only when the whole message is there, and then a caller who must be refused has sent 256 MiB for nothing; and
+it gets bytes, because gRPC would parse them on the one thread that serves all calls.
 """
 
 from __future__ import annotations
 
 import math
-import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 import numpy as np
 import torch
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from protos import teacher_pb2 as pb
-from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import to_message
-from teacher_server import events
+from teacher_server.admission import Admission
 from teacher_server.batcher import Batcher
+from teacher_server.clients import MAX_NAME_BYTES, Clients, host_of
+from teacher_server.events import Repeated
 from teacher_server.gate import wire_dtype
-from teacher_server.model import Scene
+from teacher_server.metrics import Metrics
+from teacher_server.model import Scene, broken_device
 from teacher_server.pictures import BadRequestError, NotHereError, Pictures, UnknownSampleError
+from teacher_server.shares import FullError
 from teacher_server.ticket import ClosedError, ModelError, OverloadedError, WithdrawnError
+from teacher_server.turns import Turns
 from views.setting import Average
 from views.view import view_digest
 from views.wire import Question, read_question
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
 
-MAX_CONCURRENT_PREDICTS = 16
-"""Predict calls in progress at once; more are refused like too many rows."""
-
-_FAILURES_UNTIL_BROKEN = 3  # in a row: a device that fails every batch does not recover inside this process
+_FAILURES_UNTIL_BROKEN = 3  # in a row: a model that fails every batch does not recover inside this process
 
 _STATUS = {
     UnknownSampleError: grpc.StatusCode.OUT_OF_RANGE,
@@ -55,6 +58,7 @@ class Desk:
 
     description: pb.Description
     pictures: Pictures
+    turns: Turns
     batcher: Batcher[Scene]
 
 
@@ -67,23 +71,59 @@ class Refusal(Exception):  # noqa: N818 - not an error of ours
         self.retry_after_s = retry_after_s
 
 
-class TeacherService(pb_grpc.TeacherServicer):
+@dataclass(slots=True)
+class _Caller:
+    """Who asks, as far as is known yet."""
+
+    peer: str
+    client: str
+    request_id: str = ""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A request, taken apart; the message itself is gone."""
+
+    question: Question
+    digest: str
+    audit_pixels: bool
+    num_bytes: int
+
+
+class TeacherService:
     """funmatch.v1.Teacher. Answers UNAVAILABLE until `open` is called, and after `close`."""
 
-    def __init__(self, on_broken: Callable[[], None]) -> None:
-        """Take what to call when the model fails again and again."""
+    def __init__(self, admission: Admission, metrics: Metrics, on_broken: Callable[[str], None]) -> None:
+        """Take who lets in, who counts, and what to call, with a sentence, when this process must end."""
         self._desk: Desk | None = None
+        self._admission = admission
+        self._metrics = metrics
         self._on_broken = on_broken
-        self._places = threading.BoundedSemaphore(MAX_CONCURRENT_PREDICTS)
+        self._clients = Clients()
+        self.refusals = Repeated()
+        """What is logged of them; to be flushed now and then."""
         self._why_not = "the teacher is still loading"
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+        """What to register. Predict as a stream of one message: the docstring of this file says why."""
+        return {
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                self.Describe,
+                request_deserializer=pb.DescribeRequest.FromString,
+                response_serializer=pb.Description.SerializeToString,
+            ),
+            "Predict": grpc.stream_unary_rpc_method_handler(
+                self.Predict, response_serializer=pb.PredictReply.SerializeToString
+            ),
+        }
 
     def open(self, desk: Desk) -> None:
         """Begin to answer."""
         self._desk = desk
 
-    def close(self) -> None:
+    def close(self, why_not: str = "the teacher is shutting down") -> None:
         """Answer nothing new; calls in progress go on."""
-        self._why_not, self._desk = "the teacher is shutting down", None
+        self._why_not, self._desk = why_not, None
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:  # noqa: ARG002
         """Who is this."""
@@ -93,16 +133,68 @@ class TeacherService(pb_grpc.TeacherServicer):
         assert desk is not None
         return desk.description
 
-    def Predict(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictReply:
+    def Predict(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.PredictReply:
         """Logits for a batch of rows."""
+        began = time.monotonic()
+        peer = context.peer()
+        caller = _Caller(peer, host_of(peer))
+        desk = self._desk
         try:
-            with self._admitted() as desk:
-                return _predict(desk, request, context)
+            return self._answer(desk, messages, caller, context)
         except Exception as error:  # whatever it is, it is this request's answer and not the server's end
-            refusal = self._refusal(error, request)
-        return _refuse(refusal, request, context)
+            refusal = self._refusal(error, desk, caller)
+        finally:
+            self._metrics.request.observe(time.monotonic() - began)
+        return self._refuse(refusal, caller, context)
 
-    def _refusal(self, error: Exception, request: pb.PredictRequest) -> Refusal:
+    def _answer(
+        self, desk: Desk | None, messages: Iterator[bytes], caller: _Caller, context: grpc.ServicerContext
+    ) -> pb.PredictReply:
+        if desk is None:
+            raise Refusal(grpc.StatusCode.UNAVAILABLE, self._why_not)
+        with self._admission.seat():
+            with self._admission.reading():
+                asked = self._read(desk, messages, caller, context)
+            with self._admission.request(caller.client, asked.num_bytes):
+                return self._predict(desk, asked, caller, context)
+
+    def _read(self, desk: Desk, messages: Iterator[bytes], caller: _Caller, context: grpc.ServicerContext) -> _Asked:
+        message = self._admission.message(messages, context)
+        if message is None:
+            raise BadRequestError("the call ended without a request")
+        request = _parsed(message)
+        caller.request_id = request.request_id
+        if (num_bytes := len(request.client.encode())) > MAX_NAME_BYTES:
+            raise BadRequestError(f"client has {num_bytes} bytes, at most {MAX_NAME_BYTES} are allowed")
+        caller.client = self._clients.name(request.client, caller.peer)
+        question = _checked(request, desk.description)
+        return _Asked(question, request.references.digest, request.audit_pixels, len(message))
+
+    def _predict(self, desk: Desk, asked: _Asked, caller: _Caller, context: grpc.ServicerContext) -> pb.PredictReply:
+        description, question = desk.description, asked.question
+        with desk.batcher.reserve(len(question.lam), caller.client) as ticket:
+            # From here on, a caller that gives up or whose deadline passes withdraws the ticket.
+            if not context.add_callback(ticket.withdraw):
+                raise WithdrawnError("the call ended before it began")
+            with desk.turns.turn(caller.client, question.num_views, lambda: ticket.settled):
+                ticket.check()
+                with self._metrics.render.time():
+                    pixels = desk.pictures.views(question, asked.digest)
+            asked.question = question = question.without_pictures()
+            partner = torch.from_numpy(question.partner.astype(np.int64))
+            ticket.submit(Scene(pixels, partner, torch.from_numpy(question.lam.copy())))
+            answers = averaged(ticket.result(), question.mean_of, question.average)
+            logits = answers.astype(wire_dtype(description.precision), copy=False)
+        _check_finite(logits, question)
+        reply = pb.PredictReply(
+            request_id=caller.request_id, fingerprint=description.fingerprint, logits=to_message(logits)
+        )
+        if len(question.audit):
+            _vouch(reply, pixels, question, with_pixels=asked.audit_pixels)
+        self._metrics.answered(len(question.lam))
+        return reply
+
+    def _refusal(self, error: Exception, desk: Desk | None, caller: _Caller) -> Refusal:
         """The answer to give instead of logits."""
         match error:
             case Refusal():
@@ -111,56 +203,48 @@ class TeacherService(pb_grpc.TeacherServicer):
                 return Refusal(_STATUS[type(error)], str(error))
             case OverloadedError():
                 return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), error.retry_after_s)
+            case FullError():
+                assert desk is not None
+                retry_after_s = desk.batcher.retry_after_s(1 if error.next_in_line else None)
+                return Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry_after_s)
             case ClosedError():
                 return Refusal(grpc.StatusCode.UNAVAILABLE, str(error))
-            case WithdrawnError():  # nobody hears this: the call has ended
-                return Refusal(grpc.StatusCode.CANCELLED, str(error))
-        events.failure("predict_failed", request_id=request.request_id)
+            case WithdrawnError() | grpc.RpcError():  # nobody hears this: the call has ended
+                return Refusal(grpc.StatusCode.CANCELLED, str(error) or "the call ended before its message came")
+        if (how := broken_device(error)) is not None:
+            self._on_broken(f"rendering failed: {how}")
+            return Refusal(grpc.StatusCode.UNAVAILABLE, f"this teacher's device is broken: {how}")
+        self.refusals.event(
+            "predict_failed", (caller.client, "failed"), failed=True, request_id=caller.request_id, client=caller.client
+        )
         if isinstance(error, ModelError):
-            self._note_failure()
+            self._note_failure(error)
         return Refusal(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
-    @contextmanager
-    def _admitted(self) -> Iterator[Desk]:
-        desk = self._desk
-        if desk is None:
-            raise Refusal(grpc.StatusCode.UNAVAILABLE, self._why_not)
-        if not self._places.acquire(blocking=False):
-            raise Refusal(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{MAX_CONCURRENT_PREDICTS} requests are in progress already",
-                desk.batcher.retry_after_s(),
-            )
-        try:
-            yield desk
-        finally:
-            self._places.release()
-
-    def _note_failure(self) -> None:
+    def _note_failure(self, error: ModelError) -> None:
         desk = self._desk
         if desk is not None and desk.batcher.consecutive_failures >= _FAILURES_UNTIL_BROKEN:
-            self._on_broken()
+            self._on_broken(f"{_FAILURES_UNTIL_BROKEN} batches in a row failed; the last: {error}")
+
+    def _refuse(self, refusal: Refusal, caller: _Caller, context: grpc.ServicerContext) -> NoReturn:
+        code = refusal.code.name
+        self._metrics.refused(code)
+        self.refusals.event(
+            "refused", (caller.client, code), request_id=caller.request_id, client=caller.client, peer=caller.peer,
+            code=code, reason=str(refusal),
+        )  # fmt: skip
+        if refusal.retry_after_s is not None:
+            milliseconds = max(1, round(refusal.retry_after_s * 1000))
+            context.set_trailing_metadata((("grpc-retry-pushback-ms", str(milliseconds)),))
+        context.abort(refusal.code, str(refusal))
+        raise AssertionError("abort raises")
 
 
-def _predict(desk: Desk, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictReply:
-    description = desk.description
-    question = _checked(request, description)
-    with desk.batcher.reserve(len(question.lam)) as ticket:
-        # A caller that gave up, or whose deadline passed, is dropped before the model runs.
-        if not context.add_callback(ticket.withdraw):
-            raise WithdrawnError("the call ended before it began")
-        pixels = desk.pictures.views(question, request.references.digest)
-        partner = torch.from_numpy(question.partner.astype(np.int64))
-        ticket.submit(Scene(pixels, partner, torch.from_numpy(question.lam.copy())))
-        answers = averaged(ticket.result(), question.mean_of, question.average)
-        logits = answers.astype(wire_dtype(description.precision), copy=False)
-    _check_finite(logits, question)
-    reply = pb.PredictReply(
-        request_id=request.request_id, fingerprint=description.fingerprint, logits=to_message(logits)
-    )
-    if len(question.audit):
-        _vouch(reply, pixels, question, with_pixels=request.audit_pixels)
-    return reply
+def _parsed(message: bytes) -> pb.PredictRequest:
+    try:
+        return pb.PredictRequest.FromString(message)
+    except DecodeError as error:
+        raise BadRequestError(f"this is no PredictRequest: {error}") from error
 
 
 def averaged(logits: NDArray[np.float32], mean_of: int, average: Average) -> NDArray[np.float32]:
@@ -221,14 +305,3 @@ def _vouch(reply: pb.PredictReply, pixels: torch.Tensor, question: Question, *, 
     reply.audit_digest.CopyFrom(to_message(digests))
     if with_pixels:
         reply.audit_pixels.CopyFrom(to_message(audited))
-
-
-def _refuse(refusal: Refusal, request: pb.PredictRequest, context: grpc.ServicerContext) -> NoReturn:
-    events.event(
-        "refused", request_id=request.request_id, peer=context.peer(), code=refusal.code.name, reason=str(refusal)
-    )
-    if refusal.retry_after_s is not None:
-        milliseconds = max(1, round(refusal.retry_after_s * 1000))
-        context.set_trailing_metadata((("grpc-retry-pushback-ms", str(milliseconds)),))
-    context.abort(refusal.code, str(refusal))
-    raise AssertionError("abort raises")

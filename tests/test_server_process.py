@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from data_prep.index import Index
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import from_message
+from teacher_server import events as events_room
 from teacher_server.main import main
 from views.view import Rows
 from views.wire import ask_by_reference
@@ -149,12 +151,16 @@ def call_main(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
     yield call
     for number, handler in before.items():
         signal.signal(number, handler)
+    logging.captureWarnings(False)
+    for handler in logging.getLogger().handlers[:]:
+        if isinstance(handler, events_room._Stderr):  # it writes to this test's captured stream
+            logging.getLogger().removeHandler(handler)
 
 
 def test_the_gates_refusal_exits_three_with_a_sentence(call_main, capsys, tmp_path):
     flags = "--precision=bfloat16", "--gate-max-kl=1e-12", "--gate-images=4", f"--address-file={tmp_path / 'address'}"
     assert call_main(*flags) == 3
-    assert "teacher_server: on 4 pictures the served network differs too much" in capsys.readouterr().err
+    assert "on 4 pictures the served network differs too much" in capsys.readouterr().err
     assert not (tmp_path / "address").exists()
 
 
@@ -164,13 +170,15 @@ def test_the_gates_refusal_exits_three_with_a_sentence(call_main, capsys, tmp_pa
         ("--batch-rows=0", "--batch-rows must lie in 1..4096"),
         ("--model=nowhere.safetensors", "no such weight file: nowhere.safetensors"),
         ("--model=resnetv2_14x5_bit", "nearest known names are ['resnetv2_14x05_bit'"),
+        ("--stall-s=0", "--stall-s must be positive"),
+        ("--metrics-address=9090", "--metrics-address must be HOST:PORT"),
         ("--data=nowhere", "nowhere holds no prepared data set"),
         ("--device=cuda:99", "--device cuda:99: this machine has"),
-        ("--address=nowhere.invalid:0", "cannot listen on 'nowhere.invalid:0' (--address)"),
+        ("--insecure --address=nowhere.invalid:0", "cannot listen on 'nowhere.invalid:0' (--address)"),
     ],
 )
 def test_a_wrong_setting_exits_two_with_a_sentence(call_main, capsys, flag, sentence):
-    assert call_main(flag) == 2
+    assert call_main(*flag.split()) == 2
     assert sentence in capsys.readouterr().err
 
 

@@ -27,7 +27,7 @@ from decoded_files import files_decoded
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import from_message, to_message
-from teacher_server import pictures, service
+from teacher_server import admission, pictures, service
 from teacher_server.config import Config
 from teacher_server.gate import GateError
 from teacher_server.server import MAX_MESSAGE_BYTES, Server, create_server
@@ -587,12 +587,14 @@ def test_a_message_beyond_the_limit_is_refused_and_the_server_goes_on(client, in
     assert client.health() == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_refusals_are_logged_with_the_request_id(client, index, caplog):
+def test_refusals_are_logged_with_request_id_and_client(client, index, caplog):
+    request = client.signed(pb.PredictRequest(client="flowers seed 3"), "step 12 part 3")
     with caplog.at_level("INFO", logger="teacher_server"), pytest.raises(grpc.RpcError):
-        client.stub.Predict(client.signed(pb.PredictRequest(), "step 12 part 3"), timeout=TIMEOUT_S)
-    [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("refused")]
-    assert '"request_id": "step 12 part 3"' in line
-    assert "INVALID_ARGUMENT" in line
+        client.stub.Predict(request, timeout=TIMEOUT_S)
+    [line] = [record.fields for record in caplog.records if getattr(record, "event", "") == "refused"]
+    assert (line["request_id"], line["client"]) == ("step 12 part 3", "flowers seed 3")
+    assert line["code"] == "INVALID_ARGUMENT"
+    assert line["peer"].startswith("ipv4:127.0.0.1:")
 
 
 def test_without_a_renderer_only_pixels_are_answered(config, client, index, monkeypatch):
@@ -658,7 +660,7 @@ def test_when_every_place_is_taken_health_and_describe_still_answer(running, ind
     server, client = running
     request = ask_by_reference(draw(index, 1), index.digest)
     with renderers_held(server):
-        waiting = [client.begin(request) for _ in range(service.MAX_CONCURRENT_PREDICTS)]
+        waiting = [client.begin(request) for _ in range(admission.MAX_IN_PROGRESS)]
         wait_until(lambda: server._service._desk.batcher.pending_rows == len(waiting))
         refused = [client.begin(request) for _ in range(100)]
         for call in refused:
