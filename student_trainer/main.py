@@ -21,7 +21,7 @@ import os  # noqa: E402
 # only before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from student_trainer import world  # noqa: E402
+from student_trainer import log, world  # noqa: E402
 from student_trainer.config import Config, override  # noqa: E402
 from student_trainer.recipes import RECIPES  # noqa: E402
 from student_trainer.tiny import SHRINKS, make_parts, tiny  # noqa: E402
@@ -43,7 +43,7 @@ def parse(args: list[str]) -> tuple[Config, bool]:
 def main() -> None:
     """Run a recipe. Exit code 1, with a sentence and no traceback, for what the caller can mend."""
     config, is_tiny = parse(sys.argv[1:])
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log.set_up(config.log_format, int(os.environ.get("RANK", 0)))
     # After the settings are known to be right: these import torch and DALI.
     from student_trainer.local_teacher import TeacherDiedError
     from student_trainer.logit_store import StoreGoneError

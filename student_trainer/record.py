@@ -18,15 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer import metrics
+from student_trainer.config import FREE_ON_RESUME
 
-# Settings that say where and how, and not what: they do not tell two runs apart.
-_NOT_WHAT = (
-    "run_dir", "device", "prefetch", "decode_threads", "log_every", "checkpoint_every", "evaluate_every", "eval_batch",
-    "data.root", "data.evaluate_root", "teacher.addresses", "teacher.model", "teacher.store", "teacher.store_failure",
-    "teacher.rows_per_request", "teacher.window", "teacher.deadline_s", "teacher.patience_s", "teacher.audit_every",
-    "teacher.audit_views", "teacher.transport", "teacher.hedge", "teacher.tls_ca", "teacher.tls_cert",
-    "teacher.tls_key", "teacher.tls_name", "teacher.token_file",
-)  # fmt: skip
+# Settings that say where and how, and not what, do not tell two runs apart. These may change on resume, and do.
+_NOT_WHAT = FREE_ON_RESUME - {"data.evaluate", "data.eval_crop", "data.eval_keep", "student.weights", "teacher.size"}
 
 
 Unit = Literal["epoch", "step"]
@@ -87,7 +82,7 @@ class Run:
         """What makes this run another one than others: settings, not its seed, not where it ran; and its teachers, by
         their weights and not by the name of a file.
         """
-        told = {name: value for name, value in self.settings.items() if name not in (*_NOT_WHAT, "seed")}
+        told = {name: value for name, value in self.settings.items() if name not in _NOT_WHAT and name != "seed"}
         if teachers := self.facts.get("teacher"):
             told["teachers"] = " + ".join(f"{each['model']} ({each['weights_digest'][:8]})" for each in teachers)
         return told

@@ -34,6 +34,7 @@ from student_trainer.audit import ViewAudit, teacher_rendering
 from student_trainer.config import FREE_ON_RESUME, Config, settings
 from student_trainer.contact_sheet import first_batch_sheet
 from student_trainer.evaluate import Evaluation
+from student_trainer.exporter import Exporter
 from student_trainer.loader import Batch, Lesson, Source, run_ahead
 from student_trainer.loss import agreement, distillation_loss, entropy, kl_divergence, mixup_cross_entropy, one_teacher
 from student_trainer.metrics import Metrics, read
@@ -182,6 +183,9 @@ def train(config: Config, world: World) -> dict[str, Any]:
             _write_facts(config, student, who, len(plan.samples), total_steps)
             # Without a checkpoint this is 0: what a run wrote before its first one is written again.
             metrics = cleanup.enter_context(Metrics(config.run_dir, first_step))
+        exporter = None
+        if config.metrics_address:
+            exporter = cleanup.enter_context(Exporter(config.metrics_address, world.local_rank, met))
         renderer = Renderer(rendering, share + 1, device_id, config.decode_threads)
         source = Source(index, renderer, teachers)
         evaluation = Evaluation(
@@ -306,6 +310,8 @@ def train(config: Config, world: World) -> dict[str, Any]:
                 last_time = time.monotonic()
             if metrics and (evaluate or "view_mismatch" in line or step % config.log_every == 0):
                 metrics.write(done, line)
+            if exporter:
+                exporter.step(done, line)
 
             # ---- save --------------------------------------------------------------------------------------
             if done == total_steps or done % config.checkpoint_every == 0 or must_stop:
