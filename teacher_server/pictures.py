@@ -1,7 +1,11 @@
 """From a checked question to uint8 views: the data sets of this machine, and the renderers.
 
-What lives here: the checks that need a picture or a data set. What does not: what the wire says (views/wire.py),
-status codes (service.py).
+What lives here: the checks that need a picture or a data set, and the bounds of what decoding may cost. What does not:
+what the wire says (views/wire.py), how a picture file says its size (picture_header.py), status codes (service.py).
+
+Memory while decoding is bounded: a picture that a request carries has max_pixels at most by its header, and one run of
+a renderer takes pictures and boxes of _PIXELS_AT_ONCE together. Pictures of our own data sets are as large as whoever
+prepared them wanted; they are rendered in the same portions.
 
 DALI is imported when the renderers are made: without it a server still answers views that come as pixels.
 """
@@ -18,12 +22,14 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.index import Index
+from teacher_server.picture_header import HeaderError, claimed_size
 from views.wire import Question
 
 if TYPE_CHECKING:
     from views.render import Renderer
 
-_VIEWS_AT_ONCE = 128  # of one run of the DALI graph: bounds the memory of full-size crops in between
+_VIEWS_AT_ONCE = 128  # of one run of the DALI graph
+_PIXELS_AT_ONCE = 2**27  # of pictures and boxes in one portion: 3 bytes each, up to 8 in a PNG of 16 bits
 
 
 class BadRequestError(ValueError):
@@ -41,8 +47,18 @@ class NotHereError(BadRequestError):
 class Pictures:
     """Finds and renders what a question looks at. Thread-safe."""
 
-    def __init__(self, indexes: Sequence[Index], renderers: Sequence[Renderer]) -> None:
-        """Take data sets to refer to, and renderers to share; without renderers only pixels are taken."""
+    def __init__(
+        self, indexes: Sequence[Index], renderers: Sequence[Renderer], *, max_pixels: int, max_bytes: int
+    ) -> None:
+        """Take data sets to refer to, and renderers to share; without renderers only pixels are taken.
+
+        Args:
+            indexes: the data sets.
+            renderers: what decodes.
+            max_pixels: of one picture that a request carries.
+            max_bytes: of its file.
+        """
+        self._max_pixels, self._max_bytes = max_pixels, max_bytes
         self.data_sets: Mapping[str, Index] = {index.digest: index for index in indexes}
         self.renders = bool(renderers)
         self._renderers: queue.LifoQueue[Renderer] = queue.LifoQueue()
@@ -64,10 +80,13 @@ class Pictures:
         if not self.renders:
             raise NotHereError("this teacher has no renderer (DALI is not installed): send rendered pixels")
         if question.transport == "reference":
-            pictures = self._read(question, digest)
+            index, pictures = self._read(question, digest)
+            sizes = index.height[question.sample].astype(np.int64) * index.width[question.sample]
         else:
-            pictures = [np.frombuffer(picture, np.uint8) for picture in question.encoded]
-        return self._render(question, pictures)
+            files = list(question.encoded)
+            sizes = self._checked_sizes(question, files)
+            pictures = [np.frombuffer(file, np.uint8) for file in files]
+        return self._render(question, pictures, sizes)
 
     def whole(self, index: Index, sample: NDArray[np.int64]) -> torch.Tensor:
         """Whole pictures of a data set as views, uint8 [V, size, size, 3]: what the start-up gate looks at."""
@@ -77,7 +96,7 @@ class Pictures:
         with self._renderer() as renderer:
             return renderer.render(index.read(sample), image, box, np.zeros(len(sample), np.bool_))
 
-    def _read(self, question: Question, digest: str) -> list[NDArray[np.uint8]]:
+    def _read(self, question: Question, digest: str) -> tuple[Index, list[NDArray[np.uint8]]]:
         index = self.data_sets.get(digest)
         if index is None:
             here = ", ".join(f"{i.name} ({i.digest[:12]})" for i in self.data_sets.values()) or "none"
@@ -85,21 +104,51 @@ class Pictures:
         _check_samples(question, index)
         _check_boxes(question, index)
         try:
-            return index.read(question.sample)
+            return index, index.read(question.sample)
         except OSError as error:
             raise NotHereError(f"{_row_that_cannot_be_read(question, index)}: {error}") from error
 
-    def _render(self, question: Question, pictures: list[NDArray[np.uint8]]) -> torch.Tensor:
+    def _checked_sizes(self, question: Question, files: Sequence[bytes]) -> NDArray[np.int64]:
+        """Pixels of each picture that the request carries, by its header; none has been decoded yet."""
+        sizes = np.zeros(len(files), np.int64)
+        for picture, file in enumerate(files):
+            try:
+                sizes[picture] = self._checked_size(file)
+            except ValueError as error:
+                raise BadRequestError(f"{_name_of_picture(question, picture)}: {error}") from error
+        return sizes
+
+    def _checked_size(self, file: bytes) -> int:
+        if not file:
+            raise ValueError("the picture is empty")
+        if len(file) > self._max_bytes:
+            raise ValueError(
+                f"the picture file has {len(file)} bytes, this teacher takes {self._max_bytes} (--max-picture-bytes)"
+            )
+        try:
+            height, width = claimed_size(file)
+        except HeaderError as error:
+            raise ValueError(f"the picture ({len(file)} bytes) does not decode: {error}") from error
+        if height * width > self._max_pixels:
+            raise ValueError(
+                f"the picture says that it has {height} x {width} pixels (h x w), this teacher takes "
+                f"{self._max_pixels} in all (--max-picture-pixels)"
+            )
+        return height * width
+
+    def _render(self, question: Question, pictures: list[NDArray[np.uint8]], sizes: NDArray[np.int64]) -> torch.Tensor:
         from views.render import BadPictureError
 
-        for view, picture in enumerate(question.image):
-            if not len(pictures[picture]):
-                raise BadRequestError(f"{question.name(view)}: the picture is empty")
-        try:
-            with self._renderer() as renderer:
-                return renderer.render(pictures, question.image, question.box, question.flip)
-        except BadPictureError as error:
-            raise BadRequestError(f"{question.name(error.view)}: {error}") from error
+        done: list[torch.Tensor] = []
+        with self._renderer() as renderer:
+            for part in _portions(question, sizes):
+                try:
+                    done.append(
+                        renderer.render(pictures, question.image[part], question.box[part], question.flip[part])
+                    )
+                except BadPictureError as error:
+                    raise BadRequestError(f"{question.name(part.start + error.view)}: {error}") from error
+        return torch.cat(done) if len(done) > 1 else done[0]
 
     @contextmanager
     def _renderer(self) -> Iterator[Renderer]:
@@ -121,6 +170,22 @@ def make_renderers(
     rendering = Rendering(size=size, interpolation=interpolation, antialias=antialias)  # type: ignore[arg-type]
     threads = max(1, num_threads // num)
     return [Renderer(rendering, _VIEWS_AT_ONCE, device.index, threads) for _ in range(num)], RENDER_VERSION
+
+
+def _portions(question: Question, sizes: NDArray[np.int64]) -> Iterator[slice]:
+    """Consecutive views whose boxes, and the pictures they show, have _PIXELS_AT_ONCE at most; one view at least."""
+    areas: list[int] = (question.box[:, 2].astype(np.int64) * question.box[:, 3]).tolist()
+    shown: set[int] = set()
+    start = pixels = 0
+    for view, (picture, area) in enumerate(zip(question.image.tolist(), areas, strict=True)):
+        cost = area + (0 if picture in shown else int(sizes[picture]))
+        if pixels + cost > _PIXELS_AT_ONCE and view > start:
+            yield slice(start, view)
+            start, pixels, shown = view, 0, set()
+            cost = area + int(sizes[picture])
+        pixels += cost
+        shown.add(picture)
+    yield slice(start, question.num_views)
 
 
 def _check_samples(question: Question, index: Index) -> None:
@@ -160,4 +225,5 @@ def _name_of_picture(question: Question, picture: int) -> str:
     views = np.flatnonzero(question.image == picture)
     if len(views):
         return question.name(int(views[0]))
-    return f"picture {picture} (no view shows it), sample {question.sample[picture]}"
+    sample = f", sample {question.sample[picture]}" if len(question.sample) else ""
+    return f"picture {picture} (no view shows it){sample}"
