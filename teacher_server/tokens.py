@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,6 +24,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from teacher_server import events
+from teacher_server.events import Repeated
 from teacher_server.watched_file import stamp, warn_if_public
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -32,7 +32,6 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _OPEN = frozenset({"/grpc.health.v1.Health/Check"})
 _MIN_CHARACTERS = 16
 _SCHEME = "bearer "
-_SAY_EVERY_S = 10.0  # refused calls are counted in between: strangers shall not fill the disk with the log
 
 
 class Tokens:
@@ -75,17 +74,11 @@ class Tokens:
 class TokenGuard(grpc.ServerInterceptor):
     """Lets calls with an accepted token pass; all others get UNAUTHENTICATED, before their message is read."""
 
-    def __init__(self, tokens: Tokens) -> None:
+    def __init__(self, tokens: Tokens, log: Repeated, count: Callable[[str], None]) -> None:
+        """Take the tokens, where refusals are logged, and what counts them by status."""
         self._tokens = tokens
-        self._said_s = -_SAY_EVERY_S
-        self._unsaid = 0
-        # A handler of streams: one of messages would be called when the message, up to MAX_MESSAGE_BYTES, is there.
-        self._no_token: _Handler = grpc.stream_stream_rpc_method_handler(
-            self._refusal("this teacher wants a token: send `authorization: Bearer TOKEN` (--teacher.token_file)")
-        )
-        self._wrong_token: _Handler = grpc.stream_stream_rpc_method_handler(
-            self._refusal("this teacher does not know the token (--teacher.token_file)")
-        )
+        self._log = log
+        self._count = count
 
     def intercept_service(
         self,
@@ -97,28 +90,27 @@ class TokenGuard(grpc.ServerInterceptor):
             return continuation(handler_call_details)
         shown = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
         if not shown:
-            return self._no_token
-        known = any(self._knows(value) for value in shown)
-        return continuation(handler_call_details) if known else self._wrong_token
+            return self._refusal(
+                "this teacher wants a token: send `authorization: Bearer TOKEN` (--teacher.token_file)"
+            )
+        if not any(self._knows(value) for value in shown):
+            return self._refusal("this teacher does not know the token (--teacher.token_file)")
+        return continuation(handler_call_details)
 
     def _knows(self, shown: str | bytes) -> bool:
         if not isinstance(shown, str) or shown[: len(_SCHEME)].lower() != _SCHEME:
             return False
         return self._tokens.accept(shown[len(_SCHEME) :])
 
-    def _refusal(self, sentence: str) -> Callable[[Iterator[bytes], grpc.ServicerContext], Any]:
+    def _refusal(self, sentence: str) -> _Handler:
         def refuse(_messages: Iterator[bytes], context: grpc.ServicerContext) -> None:
-            self._say(context.peer(), sentence)
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, sentence)
+            code = grpc.StatusCode.UNAUTHENTICATED
+            self._count(code.name)
+            self._log.event("refused", (code.name,), peer=context.peer(), code=code.name, reason=sentence)
+            context.abort(code, sentence)
 
-        return refuse
-
-    def _say(self, peer: str, sentence: str) -> None:
-        now = time.monotonic()
-        self._unsaid += 1
-        if now - self._said_s >= _SAY_EVERY_S:
-            events.event("unauthenticated", peer=peer, calls=self._unsaid, reason=sentence)
-            self._said_s, self._unsaid = now, 0
+        # For streams: a handler of one message would be called when all of that, up to 256 MiB, is there.
+        return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _read(file: Path) -> tuple[bytes, ...]:
