@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,9 @@ class Config:
     """Listen off this machine without TLS, or to callers without token and certificate: trust the network."""
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, or cuda:N."""
+    claim_gpu: Path | None = field(default_factory=lambda: _path_or_none(os.environ.get("FUNMATCH_CLAIM_GPU")))
+    """Take a free one of the visible GPUs, under a lock in this folder (shared by the replicas of one machine), and
+    use no other; exit code 5 if none is free. Default: the environment's FUNMATCH_CLAIM_GPU."""
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Of the forward pass. auto: float16 on CUDA, float32 on the CPU. Norms' statistics and head stay float32."""
     size: int | None = None
@@ -84,6 +87,8 @@ class Config:
     """Drain and exit when standard input ends: the server then lives no longer than the process that owns it."""
 
     def __post_init__(self) -> None:
+        if self.claim_gpu is not None and self.device not in ("auto", "cuda"):
+            raise ValueError(f"--claim-gpu chooses the device itself; leave out --device {self.device}")
         if self.size is not None and not 16 <= self.size <= 1024:
             raise ValueError(f"--size must lie in 16..1024, got {self.size}")
         if self.batch_rows is not None and not 1 <= self.batch_rows <= 4096:
@@ -147,3 +152,7 @@ def is_private(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _path_or_none(text: str | None) -> Path | None:
+    return Path(text) if text else None

@@ -1,8 +1,8 @@
 """The door: `python -m teacher_server.main --model NAME_OR_FILE [--data DIR ...]`; --help lists every setting.
 
 Exit codes: 0 drained as asked, 2 a setting or file is wrong, 3 the start-up gate refused, 4 model or device broke or
-hung. The first SIGTERM (or SIGINT) drains: NOT_SERVING, requests in progress finish, and the process ends within
---drain-s and 5 seconds. The second ends at once.
+hung, 5 no GPU is free. The first SIGTERM (or SIGINT) drains: NOT_SERVING, requests in progress finish, and the
+process ends within --drain-s and 5 seconds. The second ends at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -19,11 +20,12 @@ import tyro
 
 from teacher_server import events
 from teacher_server.config import Config
+from teacher_server.gpu_claim import NoFreeGpuError, claim
 
 if TYPE_CHECKING:
     from teacher_server.server import Server
 
-_WRONG, _REFUSED, _BROKEN = 2, 3, 4
+_WRONG, _REFUSED, _BROKEN, _NO_GPU = 2, 3, 4, 5
 
 
 def main() -> int:
@@ -33,10 +35,14 @@ def main() -> int:
         config = tyro.cli(Config, description=__doc__)
         events.set_up(config.log_format)
         _yield_idle_cores()
+        if config.claim_gpu is not None:
+            config = _with_gpu_of_its_own(config, config.claim_gpu)
         # torch and DALI take seconds to import: --help and a wrong flag are answered before.
         from teacher_server.server import create_server
 
         server, address = create_server(config)
+    except NoFreeGpuError as error:
+        return _give_up(error, _NO_GPU)
     except ValueError as error:
         return _give_up(error, _WRONG)
     _end_on_signals(server)
@@ -48,6 +54,12 @@ def main() -> int:
         os._exit(code)
     events.event("stopped", address=address, exit_code=code)
     return code
+
+
+def _with_gpu_of_its_own(config: Config, folder: Path) -> Config:
+    """Claimed for the life of this process; a device that then does not work is an error and no reason for the CPU."""
+    events.event("gpu_claimed", gpu=claim(folder).gpu, folder=str(folder))
+    return replace(config, device="cuda")
 
 
 def _yield_idle_cores() -> None:
