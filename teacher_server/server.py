@@ -153,19 +153,22 @@ class Server:
     def drain(self) -> bool:
         """Say NOT_SERVING, answer nothing new, let requests in progress finish for drain_s at most, and stop.
 
-        Until they have finished the port stays open and says UNAVAILABLE: gRPC's own stop would cancel calls
-        that come just then, which looks like the caller's doing. Takes drain_s and 4 s at most.
+        Until they have finished, and nobody has called for a moment, the port stays open and says UNAVAILABLE: gRPC's
+        own stop would cancel calls that come just then, which looks like the caller's doing. Takes drain_s and 4 s at
+        most.
 
         Returns whether nothing is at work any more. Otherwise a thread hangs in the device or in a decoder, the
         interpreter would wait for it, and only os._exit ends the process.
         """
         self._metrics.serving.set(0)
         self._health.enter_graceful_shutdown()
-        self._service.close()
+        if not self.broken:
+            self._service.close()
         idle = True
         if self._desk is not None:
             batcher_ended = self._desk.batcher.close(_BROKEN_REPLIES_S if self.broken else self._config.drain_s)
             idle = batcher_ended and not self._desk.turns.at_work
+        self._service.wait_until_quiet(_LAST_REPLIES_S)
         self._server.stop(_LAST_REPLIES_S).wait()
         self._threads.shutdown(wait=False)
         if self._watchdog is not None:

@@ -45,6 +45,8 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
 
 _FAILURES_UNTIL_BROKEN = 3  # in a row: a model that fails every batch does not recover inside this process
 
+_QUIET_S = 0.04
+
 _STATUS = {
     UnknownSampleError: grpc.StatusCode.OUT_OF_RANGE,
     NotHereError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -100,6 +102,7 @@ class TeacherService:
         self._metrics = metrics
         self._on_broken = on_broken
         self._clients = Clients()
+        self._last_call = 0.0
         self.refusals = Repeated()
         """What is logged of them; to be flushed now and then."""
         self._why_not = "the teacher is still loading"
@@ -125,8 +128,15 @@ class TeacherService:
         """Answer nothing new; calls in progress go on."""
         self._why_not, self._desk = why_not, None
 
+    def wait_until_quiet(self, timeout_s: float) -> None:
+        """Wait until nobody has called for a moment, for so many seconds at most."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < min(deadline, self._last_call + _QUIET_S):
+            time.sleep(_QUIET_S / 4)
+
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:  # noqa: ARG002
         """Who is this."""
+        self._last_call = time.monotonic()
         desk = self._desk
         if desk is None:
             context.abort(grpc.StatusCode.UNAVAILABLE, self._why_not)
@@ -135,7 +145,7 @@ class TeacherService:
 
     def Predict(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.PredictReply:
         """Logits for a batch of rows."""
-        began = time.monotonic()
+        began = self._last_call = time.monotonic()
         peer = context.peer()
         caller = _Caller(peer, host_of(peer))
         desk = self._desk
