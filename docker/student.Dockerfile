@@ -22,7 +22,9 @@ RUN python -m compileall -q .
 
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HF_HOME=/cache/huggingface FUNMATCH_WEIGHTS=/cache/weights MPLCONFIGDIR=/tmp/matplotlib \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor TRITON_CACHE_DIR=/cache/triton CUDA_CACHE_PATH=/cache/cuda \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
 USER funmatch
+EXPOSE 9091
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["torchrun"]

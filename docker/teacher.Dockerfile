@@ -18,7 +18,9 @@ COPY pyproject.toml ./
 RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['teacher'], sep='\n')" \
       > /tmp/teacher.txt \
  && python -m pip install --constraint requirements.lock --requirement /tmp/teacher.txt && rm /tmp/teacher.txt
+# This image makes the keys of a fleet, too: three folders, for three volumes.
 COPY docker/make_keys.sh docker/
+RUN mkdir /keys/authority /keys/teacher /keys/student && chown funmatch:funmatch /keys/*
 COPY protos protos
 COPY views views
 COPY models models
