@@ -13,6 +13,7 @@ promised to be readable by the next torch.
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 import zipfile
@@ -30,6 +31,10 @@ class DamagedError(ValueError):
     """A checkpoint file that cannot be read back whole."""
 
 
+class FullDiskError(OSError):
+    """There was no room for a checkpoint; those before it are as they were."""
+
+
 def save(run_dir: Path, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Write a checkpoint of state["step"] updates, then delete all but the newest `keep`; return its path.
 
@@ -39,18 +44,31 @@ def save(run_dir: Path, state: Mapping[str, Any], keep: int = 2) -> Path:
             accepts. "step" must be there.
         keep: how many files stay, this one included; at least 1.
 
-    A kill at any moment leaves the older checkpoints as they were: the file gets its name only once it is
-    whole and on disk.
+    A kill at any moment, or a full disk, leaves the older checkpoints as they were: the file gets its name only once
+    it is whole and on disk.
+
+    Raises:
+        FullDiskError: there is no room for it.
     """
     folder = run_dir / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{state['step']:08d}.pt"
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        if _is_full(error):
+            kept = [str(_step_of(other)) for other in _newest_first(folder)]
+            raise FullDiskError(
+                f"no room on the disk of {folder} for the checkpoint of step {state['step']}; there are whole ones of "
+                f"step {' and '.join(kept) or '(none)'}: make room, or move the run's folder"
+            ) from error
+        raise
     _sync(folder)
     _prune(folder, state["step"], keep)
     return path
@@ -123,6 +141,15 @@ def refuse_other_settings(saved: Mapping[str, Any], now: Mapping[str, Any], may_
             f"this run was started with other settings, and would not be the same run:\n{lines}\n"
             f"Give it the settings it had, or start a new run in another folder."
         )
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """torch puts an error of its own in front of the file's, of an archive that does not end where it should."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

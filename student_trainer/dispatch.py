@@ -120,7 +120,7 @@ class Dispatcher:
         self._last_answer = self._asked = time.monotonic()
         self._said = 0.0
         self._retries = self._hedges = self._rows = 0
-        self._closed = False
+        self._closed = self._hurries = False
         self._thread = threading.Thread(target=self._run, name="dispatch", daemon=True)
         self._thread.start()
         self._roster.watch(look_up)
@@ -158,12 +158,17 @@ class Dispatcher:
             more_s: patience beyond patience_s, for a question that is larger than most.
         """
         silent_s = time.monotonic() - max(self._last_answer, asked)
-        if silent_s > self._patience_s + more_s:
+        if silent_s > self._patience_s + (0.0 if self._hurries else more_s):
             with self._changed:
                 words = self._roster.last_words("\n  ")
             raise TeachersGoneError(
                 f"no teacher has answered for {silent_s:.0f} s (--teacher.patience_s). Last words:{words}"
             )
+
+    def hurry(self, patience_s: float) -> None:
+        """Have no more patience than this from now on. May be called by a signal handler: it takes no lock."""
+        self._patience_s = min(self._patience_s, patience_s)
+        self._hurries = True
 
     @property
     def num_serving(self) -> int:

@@ -25,6 +25,7 @@ from models import ModelCard
 from student_trainer.config import Config
 from student_trainer.loader import Batch, Lesson, Source, run_ahead
 from student_trainer.loss import agreement, kl_divergence, one_teacher
+from student_trainer.teacher_client import TeacherError, TeachersGoneError
 from student_trainer.teachers import LiveTeacher
 from student_trainer.world import World
 from views.draw import ViewLaw
@@ -130,11 +131,26 @@ class Evaluation:
         """Evaluate now; the same numbers on all ranks, which must all call it. The student goes on in train mode.
 
         All ranks look through rank 0's batch statistics, which are those of the checkpoint.
+
+        Raises:
+            TeacherError: a teacher does not answer one of the ranks; on all of them, so that none waits for another.
         """
         device = self._world.device
         self._world.broadcast_(student.buffers())
         score = Score(device, self._with_teacher)
         student.eval()
+        gone: TeacherError | None = None
+        try:
+            self._count(score, student)
+        except TeacherError as error:
+            gone = error
+        student.train()
+        if (words := self._world.any_words(None if gone is None else str(gone))) is not None:
+            raise gone or TeachersGoneError(words)
+        return score.result(self._world)
+
+    def _count(self, score: Score, student: nn.Module) -> None:
+        device = self._world.device
         for batch in run_ahead(self._without if self._kept else self._source, self._lessons(), self._config.prefetch):
             partner = torch.from_numpy(batch.rows.partner).long()
             lam = torch.from_numpy(batch.rows.lam)
@@ -144,8 +160,6 @@ class Evaluation:
                 student_logits = student(images).float()
             labels = torch.from_numpy(self._index.label[batch.rows.sample]).long().to(device)
             score.update(student_logits, labels, self._teacher_logits(batch) if self._with_teacher else None)
-        student.train()
-        return score.result(self._world)
 
     def _teacher_logits(self, batch: Batch) -> Tensor:
         """A frozen teacher always says the same of a fixed view: it is asked once in a run, and its words are kept."""

@@ -184,6 +184,10 @@ class Fleet:
         """How the replicas do now, for whoever watches."""
         return self._dispatcher.state()
 
+    def hurry(self, patience_s: float) -> None:
+        """Have no more patience than this from now on, with answers under way too: the run was told to stop."""
+        self._dispatcher.hurry(patience_s)
+
     def close(self) -> None:
         """Stop asking; requests under way are abandoned."""
         self._dispatcher.close()

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import math
+import secrets
 import signal
 import sys
 import time
@@ -40,7 +41,7 @@ from student_trainer.loss import agreement, distillation_loss, entropy, kl_diver
 from student_trainer.metrics import Metrics, read
 from student_trainer.optimizer import clip_gradients, make_optimizer, set_schedule
 from student_trainer.schedule import Schedule, num_steps
-from student_trainer.teacher_client import Audit, Fleet
+from student_trainer.teacher_client import Audit, Fleet, TeacherError, TeachersGoneError
 from student_trainer.teachers import FixedTeacher, LiveTeacher, Teacher, fleets, services
 from student_trainer.world import World
 from views.draw import Plan
@@ -51,6 +52,7 @@ from views.view import Rows
 
 log = logging.getLogger(__name__)
 
+_HURRY_S = 5.0  # a run that was told to stop waits for its teachers no longer than this
 _SHEET_VIEWS = 8  # pairs on the sheet of the first batch
 _DROPOUT = 16  # purpose of the random numbers inside the network; those of the views are below (views/draw.py)
 
@@ -64,7 +66,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
 
     Raises:
         NonFiniteLossError: on all ranks, before the update.
-        TeacherError: nobody answers, or the teachers refuse.
+        TeacherError: nobody answers, or the teachers refuse; on all ranks, with a checkpoint of where they were.
         ValueError: settings that do not fit each other or the checkpoint.
     """
     with contextlib.ExitStack() as cleanup:
@@ -118,9 +120,11 @@ def train(config: Config, world: World) -> dict[str, Any]:
         audits: list[ViewAudit] = []
         if config.targets == "teacher":
             addresses = cleanup.enter_context(services(config, world))
-            met = eval_met = cleanup.enter_context(fleets(config, addresses, index.digest))
+            client = _name_among_others(config, world)
+            met = eval_met = cleanup.enter_context(fleets(config, addresses, index.digest, client))
             if elsewhere:  # pictures of another data set travel in another way, perhaps
-                eval_met = cleanup.enter_context(fleets(config, addresses, eval_index.digest))
+                eval_met = cleanup.enter_context(fleets(config, addresses, eval_index.digest, client))
+            stop_signal.hurried = {*met, *eval_met}
             audits = [ViewAudit(index, fleet, rendering, device_id) for fleet in met]
             num_classes = met[0].description.num_classes
             if eval_index.classes and num_classes != len(eval_index.classes):
@@ -193,12 +197,22 @@ def train(config: Config, world: World) -> dict[str, Any]:
             [live(fleet, config.eval_batch) for fleet in eval_met], card,
         )  # fmt: skip
 
-        def save(step: int) -> None:
-            if world.is_main:
+        def save(step: int, must: bool = False) -> None:
+            """A checkpoint that finds no room is missed, and no reason to stop; the last one `must` be."""
+            if not world.is_main:
+                return
+            try:
                 checkpoint.save(config.run_dir, {
                     "step": step, "student": student.state_dict(), "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(), "config": settings(config), "identity": identity,
                 })  # fmt: skip
+            except checkpoint.FullDiskError as error:
+                if must:
+                    raise
+                log.error("%s. Training goes on without it", error)
+
+        def evaluation_is_due(step: int) -> bool:
+            return step == total_steps or bool(config.evaluate_every and step % config.evaluate_every == 0)
 
         def lesson(step: int) -> Lesson:
             rows = plan.rows(step, first_row, last_row)
@@ -216,8 +230,17 @@ def train(config: Config, world: World) -> dict[str, Any]:
             )
         )
         labels = torch.from_numpy(np.array(index.label)) if config.targets == "labels" else None
-        last_time = time.monotonic()
+        buffers = list(student.buffers())  # batch statistics: a forward pass changes them, updated or not
+        kept_buffers = [buffer.clone() for buffer in buffers]
         network.train()
+
+        # ---- make up for an evaluation that the teachers were gone for ---------------------------------------
+        if first_step and evaluation_is_due(first_step):
+            lacks = not any(line["step"] == first_step and "eval/examples" in line for line in read(config.run_dir))
+            if world.broadcast_object(lacks):
+                line = evaluation.run(student)
+                metrics.write(first_step, line) if metrics else None
+        last_time = time.monotonic()
 
         for step in range(first_step, total_steps):
             # ---- fetch -------------------------------------------------------------------------------------
@@ -236,15 +259,22 @@ def train(config: Config, world: World) -> dict[str, Any]:
 
             # ---- ask the teacher (asked long ago: this waits for what is missing) ---------------------------
             asked_time = time.monotonic()
-            teacher_MRK = None
+            teacher_MRK, gone = None, None
             if batch.targets:
-                answers = [torch.from_numpy(target.result()) for target in batch.targets]
+                try:
+                    answers = [torch.from_numpy(target.result()) for target in batch.targets]
+                except TeacherError as error:
+                    # The others are in this step's collectives, or will be: go there too, with zeros, and say it there.
+                    gone = error
+                    answers = [torch.zeros(len(batch.rows), num_classes)] * len(batch.targets)
                 teacher_MRK = torch.stack(answers).to(world.device)
             teacher_wait_s = time.monotonic() - asked_time
 
             # ---- step --------------------------------------------------------------------------------------
             torch.manual_seed(philox_once(config.seed, step & 0xFFFFFFFF, world.rank, 0, _DROPOUT << 16)[0])
             lr = set_schedule(optimizer, schedule(step))
+            if buffers:
+                torch._foreach_copy_(kept_buffers, buffers)
             with torch.autocast(world.device.type, autocast_dtype, enabled=config.precision != "float32"):
                 student_RK = network(images_R3SS).float()
             if teacher_MRK is not None:
@@ -269,8 +299,17 @@ def train(config: Config, world: World) -> dict[str, Any]:
                 recomputed = sum(target.recomputed for target in batch.targets)
                 numbers["recomputed_share"] = torch.tensor(recomputed / max(1, len(batch.rows)), device=world.device)
             numbers["stop"] = torch.tensor(float(stop_signal.received), device=world.device)
+            numbers["gone"] = torch.tensor(float(gone is not None), device=world.device)
             values = world.all_mean(torch.stack([value.detach().float() for value in numbers.values()])).tolist()
             line = dict(zip(numbers, values, strict=True))
+            must_stop = line.pop("stop") > 0
+            if line.pop("gone") > 0:  # some rank learned nothing: as if this step had not been, on all ranks
+                if buffers:
+                    torch._foreach_copy_(buffers, kept_buffers)
+                save(step, must=must_stop)
+                if must_stop:
+                    return _stopped(world, step)
+                _end_together(world, gone)
             line["grad_norm"] = float(grad_norm)
             # A scaler skips infinite gradients by itself and lowers its scale; the loss must be finite always.
             watched = ("loss",) if scaler.is_enabled() else ("loss", "grad_norm")
@@ -286,7 +325,6 @@ def train(config: Config, world: World) -> dict[str, Any]:
             # ---- log ---------------------------------------------------------------------------------------
             done = step + 1
             now = time.monotonic()
-            must_stop = line.pop("stop") > 0
             line |= {
                 "lr": lr, "images_per_s": config.optim.batch_size / (now - last_time),
                 "data_wait_s": fetched_time - last_time, "teacher_wait_s": teacher_wait_s,
@@ -303,9 +341,14 @@ def train(config: Config, world: World) -> dict[str, Any]:
             progress.update()
 
             # ---- evaluate ----------------------------------------------------------------------------------
-            evaluate = done == total_steps or (config.evaluate_every and done % config.evaluate_every == 0)
+            evaluate = evaluation_is_due(done)
             if evaluate:
-                line |= evaluation.run(student)
+                try:
+                    line |= evaluation.run(student)
+                except TeacherError:
+                    metrics.write(done, line) if metrics else None
+                    save(done)
+                    raise
                 progress.write(_evaluation_line(done, line)) if world.is_main else None
                 last_time = time.monotonic()
             if metrics and (evaluate or "view_mismatch" in line or step % config.log_every == 0):
@@ -315,13 +358,17 @@ def train(config: Config, world: World) -> dict[str, Any]:
 
             # ---- save --------------------------------------------------------------------------------------
             if done == total_steps or done % config.checkpoint_every == 0 or must_stop:
-                save(done)
+                save(done, must=done == total_steps or must_stop)
                 last_time = time.monotonic()
             if must_stop:
-                world.say(f"stopped at step {done} by a signal; the same command goes on from here")
-                return {"steps": done, "stopped": True}
+                return _stopped(world, done)
 
         return _finish(config, world, student, card, total_steps)
+
+
+def _stopped(world: World, step: int) -> dict[str, Any]:
+    world.say(f"stopped at step {step} by a signal; the same command goes on from here")
+    return {"steps": step, "stopped": True}
 
 
 def _finish(
@@ -362,7 +409,12 @@ def _fill(teacher: FixedTeacher, audit: ViewAudit, samples: range, world: World,
         nonlocal worst
         worst = max(worst, audit.mismatch(Lesson(0, rows, rows), vouched))
 
-    filled = teacher.fill(samples, world, lambda: stop.received, check)
+    gone = None
+    try:
+        filled = teacher.fill(samples, world, lambda: stop.received, check)
+    except TeacherError as error:
+        gone = error
+    _end_together(world, gone)
     counts = torch.tensor([filled.there_already, filled.computed, int(filled.stopped)], device=world.device)
     there, computed, stopped = world.all_sum(counts).tolist()
     mismatch = int(world.all_max(torch.tensor(worst, device=world.device)))
@@ -372,6 +424,13 @@ def _fill(teacher: FixedTeacher, audit: ViewAudit, samples: range, world: World,
         f"what was there was damaged; largest view mismatch {mismatch} (store {teacher.key.digest[:12]})"
     )
     return bool(stopped == 0)
+
+
+def _end_together(world: World, gone: TeacherError | None) -> None:
+    """Raise, on all ranks, if the teachers are gone for one of them. All ranks must call it."""
+    words = world.any_words(None if gone is None else str(gone))
+    if words is not None:
+        raise gone or TeachersGoneError(words)
 
 
 def _write_facts(
@@ -404,6 +463,12 @@ def _make_student(config: Config, num_classes: int, data_set: str) -> tuple[nn.M
         architecture=config.student.architecture, num_classes=num_classes, size=config.student.size,
         data_set=data_set, **half_or_own,
     )  # fmt: skip
+
+
+def _name_among_others(config: Config, world: World) -> str:
+    """What this run is called at its teachers, 64 bytes at most: the same on all ranks, another one each start."""
+    name = f"{config.recipe[:28]}:{config.run_dir.name[:24]}".encode()[:55].decode(errors="ignore")
+    return world.broadcast_object(f"{name}:{secrets.token_hex(4)}")
 
 
 def _audit_plan(config: Config) -> Any:
@@ -462,9 +527,13 @@ class _StopSignal:
 
     def __init__(self) -> None:
         self.received = False
+        self.hurried: set[Fleet] = set()
+        """Who must not keep the run waiting any more, then."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _frame: Any) -> None:
         self.received = True
+        for fleet in self.hurried:
+            fleet.hurry(_HURRY_S)
         signal.signal(number, signal.SIG_DFL)

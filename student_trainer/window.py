@@ -1,10 +1,11 @@
 """How many requests one replica may have under way: as many as keep it busy, hardly more.
 
 The law is TCP Vegas's. With w requests under way, answered in L where an idle replica takes L0, about w (1 - L0 / L)
-of them wait in a queue and do no good there. Fewer than one: the replica may run dry between two requests, so the
-window grows. More than two: they would be better off in our own queue, where whoever is free first takes them, so it
-shrinks. A replica that answers one after the other keeps a window of 2 or 3, whatever its speed, and so gets rows by
-its speed; one that is far away gets as many as fill the line.
+of them wait in a queue and do no good there. Fewer than 1.5: the replica may run dry between two requests, so the
+window grows. More than 3: they would be better off in our own queue, where whoever is free first takes them, so it
+shrinks. A replica that answers one after the other keeps a window of 3 or 4, whatever its speed, and so gets rows by
+its speed; one that is far away gets as many as fill the line. (With bounds of 1 and 2, windows were 2, and on a busy
+machine replicas ran dry: three delivered 1.5 times one's rows.)
 
 L0 is the least that was seen, and forgotten after a while, for teachers become busier. Measured anew under a full
 window it would be too large, and the window would grow for ever: for one round of answers the window is small.
@@ -21,7 +22,7 @@ SMALLEST, LARGEST = 1, 16
 FIRST = 2
 """What a replica starts with: one in work, one waiting. One that comes back after a failure starts with SMALLEST."""
 
-_FEWEST_QUEUED, _MOST_QUEUED = 1.0, 2.0
+_FEWEST_QUEUED, _MOST_QUEUED = 1.5, 3.0
 _REMEMBERED_S = 30.0  # the least latency, at least for so long,
 _REMEMBERED_ANSWERS = 100  # and over so many answers: finding it again costs a round of few requests
 _SMOOTH = 0.25  # weight of the newest latency

@@ -82,6 +82,14 @@ class World:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def any_words(self, words: str | None) -> str | None:
+        """What a rank has to say that all must know: the first rank's words that has any, on every rank."""
+        if not self.connected:
+            return words
+        said: list[str | None] = [None] * self.size
+        dist.all_gather_object(said, words)
+        return next((one for one in said if one is not None), None)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.all_sum(torch.zeros(1, device=self.device))
