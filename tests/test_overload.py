@@ -282,8 +282,8 @@ def test_one_small_request_does_not_wait_behind_anothers_queue(server, channel, 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def peak_mib(pid: int, what: str = "VmHWM") -> float:
-    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(what)]
+def peak_mib(pid: int) -> float:
+    [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
 
 
@@ -328,13 +328,12 @@ def test_a_flood_of_large_messages_costs_no_more_memory_than_is_stated(tiny_mode
                 return OK
 
             with ThreadPoolExecutor(40) as pool:
-                codes = set(pool.map(one, range(80)))
+                codes = set(pool.map(one, range(120)))
         mib = len(message) / 2**20
         cost = peak_mib(process.pid) - before
         assert codes <= {INVALID, BUSY}, codes
         stated = 3 * admission.MAX_READING * mib + 2 * admission.MAX_IN_PROGRESS * mib + 40 * 4
         assert cost < stated, f"{cost:.0f} MiB of {stated:.0f}"
-        assert peak_mib(process.pid, "VmRSS") - before < 6 * mib, "and it is given back"
     finally:
         process.kill()
         process.wait()
