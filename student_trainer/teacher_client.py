@@ -128,10 +128,12 @@ class Fleet:
         num_groups = len(rows) // mean_of
         each_one = math.ceil(num_groups / max(1, self._dispatcher.num_serving))
         num_parts = math.ceil(num_groups / min(at_once, max(each_one, math.ceil(_FEWEST_ROWS / mean_of))))
-        cuts = [number * num_groups // num_parts for number in range(num_parts + 1)]
+        size = max(math.ceil(num_groups / num_parts), min(at_once, num_audits))  # what is audited is in the first
+        starts = range(0, num_groups, size)
         more = max(1.0, at_once * mean_of / self._rows_per_request)
-        answer = Answer(num_groups, self.description.num_classes, num_parts, self._patience(more))
-        for first, last in itertools.pairwise(cuts):
+        answer = Answer(num_groups, self.description.num_classes, len(starts), self._patience(more))
+        for first in starts:
+            last = min(first + size, num_groups)
             request = self._request(rows, first * mean_of, last * mean_of, picture, pixels)
             if mean_of > 1:
                 ask_for_mean(request, mean_of, average)
