@@ -1,6 +1,6 @@
 """Students and teachers on hosts of their own: network namespaces on one machine, with cables that can be pulled.
 
-Needs Linux, root, and iproute2's `ip`; skipped with the reason elsewhere.
+The teachers listen with TLS and a token, Needs Linux, root, and iproute2's `ip`; skipped with the reason elsewhere.
 """
 
 from __future__ import annotations
@@ -91,12 +91,13 @@ def network(num_hosts: int) -> Iterator[list[Host]]:
 
 
 @contextlib.contextmanager
-def teacher(host: Host, model: Path, data: Path, folder: Path) -> Iterator[str]:
+def teacher(host: Host, model: Path, data: Path, keys: Path) -> Iterator[str]:
     """A teacher that the other hosts can reach; its address."""
-    file = folder / host.name
+    file = keys / f"address-{host.name}"
     process = host.start([
         sys.executable, "-m", "teacher_server.main", f"--model={model}", f"--data={data}",
         f"--address={host.address}:50051", f"--address-file={file}", "--device=cpu", "--threads=1", "--batch-rows=16",
+        f"--tls-cert={keys / 'server.pem'}", f"--tls-key={keys / 'server.key'}", f"--token-file={keys / 'token'}",
     ])  # fmt: skip
     deadline = time.monotonic() + 120
     while not file.exists():
@@ -109,7 +110,7 @@ def teacher(host: Host, model: Path, data: Path, folder: Path) -> Iterator[str]:
 
 
 def student(host: Host, meet_at: Host, args: list[str], *, nnodes: str = "2", restarts: int = 0) -> subprocess.Popen:
-    """torchrun on one of several hosts, one rank each."""
+    """torchrun on one of several hosts, one rank each. One death may cost each host more than one of its restarts."""
     own = args[args.index(str(ROOT / "student_trainer" / "main.py")) :]
     return host.start([
         TORCHRUN, f"--nnodes={nnodes}", "--nproc_per_node=1", f"--max-restarts={restarts}", "--rdzv-backend=c10d",
@@ -121,26 +122,31 @@ def student(host: Host, meet_at: Host, args: list[str], *, nnodes: str = "2", re
 
 @pytest.fixture(scope="module")
 def hosts(tiny_model, tiny_data, tmp_path_factory):
-    """Two for students, two with teachers that serve."""
-    with network(4) as found:
-        folder = tmp_path_factory.mktemp("teachers")
-        with contextlib.ExitStack() as cleanup:
-            addresses = [cleanup.enter_context(teacher(host, tiny_model, tiny_data, folder)) for host in found[2:]]
-            yield found, addresses
+    """Two for students, two with teachers that serve; and what a student is told about the teachers."""
+    with network(4) as found, contextlib.ExitStack() as cleanup:
+        keys = tmp_path_factory.mktemp("keys")
+        run("sh", str(ROOT / "docker" / "make_keys.sh"), str(keys), *(host.address for host in found[2:]))
+        addresses = [cleanup.enter_context(teacher(host, tiny_model, tiny_data, keys)) for host in found[2:]]
+        told = [
+            f"--teacher={','.join(addresses)}",
+            f"--teacher.tls-ca={keys / 'ca.pem'}",
+            f"--teacher.token-file={keys / 'token'}",
+        ]
+        yield found, told
 
 
 @pytest.fixture(scope="module")
 def undisturbed(hosts, tiny_data, tmp_path_factory) -> Path:
     """A run of two ranks on one of the hosts that nothing happened to."""
-    found, addresses = hosts
+    found, told = hosts
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(found[0].start(one_host_command(tiny_data, run_dir, *addresses)))
+    finish(found[0].start([*one_host_command(tiny_data, run_dir), *told]))
     return run_dir
 
 
 def test_a_cut_link_that_heals_changes_no_weight_of_a_run_on_two_hosts(hosts, undisturbed, tiny_data, tmp_path):
-    found, addresses = hosts
-    args = [*one_host_command(tiny_data, tmp_path / "run", *addresses), "--teacher.deadline-s=3"]
+    found, told = hosts
+    args = [*one_host_command(tiny_data, tmp_path / "run"), *told, "--teacher.deadline-s=3"]
     processes = [student(host, found[0], args) for host in found[:2]]
     wait_for_step(processes[0], tmp_path / "run", 8)
     found[2].pull_the_cable()
@@ -154,9 +160,9 @@ def test_a_cut_link_that_heals_changes_no_weight_of_a_run_on_two_hosts(hosts, un
 def test_a_rank_that_dies_is_started_again_on_all_hosts_from_the_last_checkpoint(
     hosts, undisturbed, tiny_data, tmp_path
 ):
-    found, addresses = hosts
-    args = one_host_command(tiny_data, tmp_path / "run", *addresses)
-    processes = [student(host, found[0], args, restarts=1) for host in found[:2]]
+    found, told = hosts
+    args = [*one_host_command(tiny_data, tmp_path / "run"), *told]
+    processes = [student(host, found[0], args, restarts=5) for host in found[:2]]
     wait_for_step(processes[0], tmp_path / "run", 15)
     of_second = set(subprocess.run(
         ["ip", "netns", "pids", found[1].name], capture_output=True, text=True).stdout.split())  # fmt: skip
@@ -173,8 +179,8 @@ def test_a_host_that_vanishes_leaves_a_run_that_goes_on_with_the_same_rows_on_th
     hosts, undisturbed, tiny_data, tmp_path
 ):
     """--nnodes=1:2. With one rank a BatchNorm sees other batches, so the weights differ; rows and targets do not."""
-    found, addresses = hosts
-    args = one_host_command(tiny_data, tmp_path / "run", *addresses)
+    found, told = hosts
+    args = [*one_host_command(tiny_data, tmp_path / "run"), *told]
     processes = [student(host, found[0], args, nnodes="1:2", restarts=3) for host in found[:2]]
     wait_for_step(processes[0], tmp_path / "run", 15)
     os.killpg(processes[1].pid, signal.SIGKILL)
