@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from protos import teacher_pb2 as pb
 from protos.arrays import to_message
+from protos.outline import check_outline
 from teacher_server.admission import Admission
 from teacher_server.batcher import Batcher
 from teacher_server.clients import MAX_NAME_BYTES, Clients, host_of
@@ -43,6 +44,7 @@ from views.wire import Question, read_question
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
 
+_OTHER_PARTS = 1000  # of a message, beside a picture for each view; ours have about a hundred
 _FAILURES_UNTIL_BROKEN = 3  # in a row: a model that fails every batch does not recover inside this process
 
 _QUIET_S = 0.04
@@ -110,10 +112,8 @@ class TeacherService:
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
         """What to register. Predict as a stream of one message: the docstring of this file says why."""
         return {
-            "Describe": grpc.unary_unary_rpc_method_handler(
-                self.Describe,
-                request_deserializer=pb.DescribeRequest.FromString,
-                response_serializer=pb.Description.SerializeToString,
+            "Describe": grpc.stream_unary_rpc_method_handler(
+                self.Describe, response_serializer=pb.Description.SerializeToString
             ),
             "Predict": grpc.stream_unary_rpc_method_handler(
                 self.Predict, response_serializer=pb.PredictReply.SerializeToString
@@ -134,8 +134,8 @@ class TeacherService:
         while time.monotonic() < min(deadline, self._last_call + _QUIET_S):
             time.sleep(_QUIET_S / 4)
 
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Description:  # noqa: ARG002
-        """Who is this."""
+    def Describe(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> pb.Description:  # noqa: ARG002
+        """Who is this. The request is empty: whatever was sent is not read."""
         self._last_call = time.monotonic()
         desk = self._desk
         if desk is None:
@@ -172,7 +172,7 @@ class TeacherService:
         message = self._admission.message(messages, context)
         if message is None:
             raise BadRequestError("the call ended without a request")
-        request = _parsed(message)
+        request = _parsed(message, desk.description.max_rows)
         caller.request_id = request.request_id
         if (num_bytes := len(request.client.encode())) > MAX_NAME_BYTES:
             raise BadRequestError(f"client has {num_bytes} bytes, at most {MAX_NAME_BYTES} are allowed")
@@ -250,10 +250,11 @@ class TeacherService:
         raise AssertionError("abort raises")
 
 
-def _parsed(message: bytes) -> pb.PredictRequest:
+def _parsed(message: bytes, max_rows: int) -> pb.PredictRequest:
     try:
+        check_outline(message, pb.PredictRequest, 2 * max_rows + _OTHER_PARTS)
         return pb.PredictRequest.FromString(message)
-    except DecodeError as error:
+    except (DecodeError, ValueError) as error:
         raise BadRequestError(f"this is no PredictRequest: {error}") from error
 
 
