@@ -75,7 +75,8 @@ class Server:
         self._threads = ThreadPoolExecutor(MAX_SEATS + _SPARE_THREADS, thread_name_prefix="handler")
         guards: list[grpc.ServerInterceptor] = []
         if config.token_file is not None:
-            guards.append(TokenGuard(Tokens(config.token_file), self._service.refusals, self._metrics.refused))
+            tokens = Tokens(config.token_file)
+            guards.append(TokenGuard(tokens, self._health, self._service.refusals, self._metrics.refused))
         self._server = grpc.server(
             self._threads, interceptors=guards, options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS
         )

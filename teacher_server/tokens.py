@@ -4,7 +4,8 @@ A file holds the accepted tokens, one a line, so that a new one can be accepted 
 file is looked at with every call and read again when it has changed; a file that became unusable changes nothing.
 
 Health checks need no token: probes have none. Everything else does, Describe and reflection too, and health *watches*,
-which stay open: whoever has no token shall hold nothing here.
+which stay open. Whoever has no token is never listened to and holds nothing here: a check is answered, and a refusal
+given, before its message is read.
 
 Not here: TLS (tls.py), without which a token can be read on its way (config.py refuses that off the loopback).
 
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc
+from grpc_health.v1.health import HealthServicer
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from teacher_server import events
 from teacher_server.events import Repeated
@@ -29,7 +32,7 @@ from teacher_server.watched_file import stamp, warn_if_public
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
-_OPEN = frozenset({"/grpc.health.v1.Health/Check"})
+_CHECK = "/grpc.health.v1.Health/Check"
 _MIN_CHARACTERS = 16
 _SCHEME = "bearer "
 
@@ -74,11 +77,16 @@ class Tokens:
 class TokenGuard(grpc.ServerInterceptor):
     """Lets calls with an accepted token pass; all others get UNAUTHENTICATED, before their message is read."""
 
-    def __init__(self, tokens: Tokens, log: Repeated, count: Callable[[str], None]) -> None:
-        """Take the tokens, where refusals are logged, and what counts them by status."""
+    def __init__(self, tokens: Tokens, health: HealthServicer, log: Repeated, count: Callable[[str], None]) -> None:
+        """Take the tokens, who knows the health, where refusals are logged, and what counts them by status."""
         self._tokens = tokens
         self._log = log
         self._count = count
+        self._health: _Handler = grpc.stream_unary_rpc_method_handler(
+            # The server's, whatever name was asked for: a message from a stranger may have 256 MiB, or never end.
+            lambda _messages, context: health.Check(HealthCheckRequest(), context),
+            response_serializer=HealthCheckResponse.SerializeToString,
+        )
 
     def intercept_service(
         self,
@@ -86,16 +94,14 @@ class TokenGuard(grpc.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """Decide by the call's name and its metadata."""
-        if handler_call_details.method in _OPEN:
-            return continuation(handler_call_details)
         shown = [value for key, value in handler_call_details.invocation_metadata if key == "authorization"]
-        if not shown:
-            return self._refusal(
-                "this teacher wants a token: send `authorization: Bearer TOKEN` (--teacher.token_file)"
-            )
-        if not any(self._knows(value) for value in shown):
+        if any(self._knows(value) for value in shown):
+            return continuation(handler_call_details)
+        if handler_call_details.method == _CHECK:
+            return self._health
+        if shown:
             return self._refusal("this teacher does not know the token (--teacher.token_file)")
-        return continuation(handler_call_details)
+        return self._refusal("this teacher wants a token: send `authorization: Bearer TOKEN` (--teacher.token_file)")
 
     def _knows(self, shown: str | bytes) -> bool:
         if not isinstance(shown, str) or shown[: len(_SCHEME)].lower() != _SCHEME:
@@ -109,7 +115,7 @@ class TokenGuard(grpc.ServerInterceptor):
             self._log.event("refused", (code.name,), peer=context.peer(), code=code.name, reason=sentence)
             context.abort(code, sentence)
 
-        # For streams: a handler of one message would be called when all of that, up to 256 MiB, is there.
+        # For streams: a handler of one message would be called when all of that is there.
         return grpc.stream_stream_rpc_method_handler(refuse)
 
 

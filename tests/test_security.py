@@ -242,8 +242,9 @@ def test_a_call_without_the_token_is_unauthenticated_whatever_it_is(guarded):
                 call()
             assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED, name
             assert "--teacher.token_file" in error.value.details()
-        check = health.Check(health_pb2.HealthCheckRequest(), timeout=10)
-        assert check.status == health_pb2.HealthCheckResponse.NOT_SERVING, "probes have no token"
+        for name in ("", "funmatch.v1.Teacher"):
+            check = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+            assert check.status == health_pb2.HealthCheckResponse.NOT_SERVING, "probes have no token"
 
 
 @pytest.mark.parametrize(
@@ -329,7 +330,7 @@ import os; os._exit(0)
 
 
 def test_the_messages_of_strangers_are_not_even_read(token_file):
-    """Sixteen strangers send 64 MiB each, at once; the server's memory does not notice."""
+    """Sixteen strangers send 64 MiB each at once, half of them as health checks; the memory does not notice."""
     with subprocess.Popen(
         [sys.executable, "-c", STRANGER, token_file], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -339,22 +340,24 @@ def test_the_messages_of_strangers_are_not_even_read(token_file):
         assert described(grpc.insecure_channel(address), TOKEN) == LOADING
         before = peak_mb(server.pid)
         message = bytes(64 * 2**20)
-        codes = []
+        answers = []
 
-        def knock() -> None:
+        def knock(method: str) -> None:
             options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
             with grpc.insecure_channel(address, options) as channel:
-                predict = channel.unary_unary("/funmatch.v1.Teacher/Predict")
-                with pytest.raises(grpc.RpcError) as error:
-                    predict(message, timeout=30)
-                codes.append(error.value.code())
+                try:
+                    answers.append(channel.unary_unary(method)(message, timeout=30))
+                except grpc.RpcError as error:
+                    answers.append(error.code())
 
-        strangers = [threading.Thread(target=knock) for _ in range(16)]
+        methods = ["/funmatch.v1.Teacher/Predict", "/grpc.health.v1.Health/Check"] * 8
+        strangers = [threading.Thread(target=knock, args=(method,)) for method in methods]
         for stranger in strangers:
             stranger.start()
         for stranger in strangers:
             stranger.join()
-        assert codes == [grpc.StatusCode.UNAUTHENTICATED] * 16
+        not_serving = health_pb2.HealthCheckResponse(status="NOT_SERVING").SerializeToString()
+        assert sorted(map(str, answers)) == sorted([str(grpc.StatusCode.UNAUTHENTICATED), str(not_serving)] * 8)
         assert peak_mb(server.pid) - before < 100, "MB; the messages are 1024"
         server.stdin.close()
 
