@@ -168,6 +168,28 @@ def test_a_teacher_killed_in_the_middle_and_started_again_changes_nothing(
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 
+def test_teachers_that_are_gone_end_all_ranks_together_and_nothing_is_lost(
+    undisturbed, teachers, tiny_model, tiny_data, tmp_path
+):
+    """All replicas at once. The checkpoint is of the step that could not be made, between two others."""
+    args = command(tiny_data, tmp_path / "run", *(t.address for t in teachers))
+    process = start([*args, "--teacher.patience-s=3"], tmp_path)
+    wait_for_step(process, tmp_path / "run", 12)
+    for teacher in teachers:
+        teacher.kill()
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    for rank in (0, 1):
+        assert re.search(rf"rank {rank}: TeachersGoneError: no teacher has answered for \d+ s", output), output[-4000:]
+    last = lines(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / f"step_{last:08d}.pt").exists()
+    for number, teacher in enumerate(teachers):
+        teachers[number] = start_teacher(tiny_model, tiny_data, tmp_path, teacher.address)
+    output = finish(start(args, tmp_path))
+    assert f"going on from step {last}" in output
+    assert weights(tmp_path / "run") == weights(undisturbed)
+
+
 def test_one_rank_sees_the_rows_that_two_ranks_saw(undisturbed, teachers, tiny_data, tmp_path):
     """Not the same run: this student's BatchNorm sees 32 rows and not 16. But the teacher is asked the same."""
     finish(start(command(tiny_data, tmp_path / "run", teachers[1].address, ranks=1), tmp_path))
