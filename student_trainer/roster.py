@@ -4,8 +4,8 @@ A replica is first asked who it is (Describe). One with another fingerprint than
 and asked again later: it may be restarted as the right one. Replicas whose address vanishes from a looked-up name get
 nothing new, and go when their last part is back.
 
-What they are asked, and when, is not here (dispatch.py). Rejected: gRPC's health service beside Describe. A teacher that
-does not serve says so to Describe too, and one that leaves says so to the next part, which then goes elsewhere.
+What they are asked, and when, is not here (dispatch.py). Rejected: gRPC's health service beside Describe. A teacher
+that does not serve says so to Describe too, and one that leaves says so to the next part, which then goes elsewhere.
 """
 
 from __future__ import annotations
@@ -171,9 +171,11 @@ class Roster:
     def hear(self, target: str, kind: str, words: str, about: Part | None = None) -> None:
         """Remember what a replica said last; log it when it is of another kind than what it said before."""
         with self._changed:
-            self._words[target] = words
             before = self._kinds.get(target)
-            if kind == before or (kind == "serves" and before is not None):  # that it works, only an answer shows
+            if kind == "serves" and before is not None:  # that it works again, only an answer shows
+                return
+            self._words[target] = words
+            if kind == before:
                 return
             self._kinds[target] = kind
             if (before, kind) == ("serves", "answered"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
 import threading
 import time
 from concurrent import futures
@@ -45,8 +48,11 @@ class ScriptedTeacher(pb_grpc.TeacherServicer):
         self.data_digest = data_digest
         self.max_rows = max_rows
         self.fail_next: list[grpc.StatusCode] = []
+        self.push_back_ms = None
         self.spoil = None  # called with each reply
         self.answered_rows = 0
+        self.calls: list[float] = []  # when
+        self.clients: set[str] = set()
         self.lock = threading.Lock()
 
     def Describe(self, request, context):
@@ -59,7 +65,11 @@ class ScriptedTeacher(pb_grpc.TeacherServicer):
     def Predict(self, request, context):
         with self.lock:
             code = self.fail_next.pop() if self.fail_next else None
+            self.calls.append(time.monotonic())
+            self.clients.add(request.client)
         if code is not None:
+            if self.push_back_ms is not None:
+                context.set_trailing_metadata((("grpc-retry-pushback-ms", str(self.push_back_ms)),))
             context.abort(code, "told to fail")
         if request.fingerprint != self.fingerprint:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"I am {self.fingerprint}")
@@ -214,10 +224,16 @@ def test_a_part_that_breaks_every_teacher_is_given_up_by_name():
             teachers.ask(batch(num_rows=4)).result()
 
 
+def filled(reply, number):
+    return to_message(np.full((reply.logits.shape[0], NUM_CLASSES), number, np.float32))
+
+
 SPOILS = {
     "another request's id": lambda reply: setattr(reply, "request_id", "x"),
     "another fingerprint": lambda reply: setattr(reply, "fingerprint", "x"),
     "a row too few": lambda reply: reply.logits.CopyFrom(to_message(np.zeros((1, NUM_CLASSES), np.float32))),
+    "no number": lambda reply: reply.logits.CopyFrom(filled(reply, np.nan)),
+    "infinity": lambda reply: reply.logits.CopyFrom(filled(reply, np.inf)),
     "a class too many": lambda reply: reply.logits.CopyFrom(to_message(np.zeros((16, 4), np.float32))),
 }
 
@@ -301,3 +317,178 @@ def test_patience_counts_from_the_question_and_not_from_the_last_answer():
     with serving(ScriptedTeacher(delay_s=2.5)) as address, fleet(address, patience_s=4) as teachers:
         teachers._dispatcher._last_answer -= 3600
         assert len(teachers.ask(batch(num_rows=5)).result()) == 5
+
+
+def test_a_replica_that_lies_is_left_alone_and_spoken_of_once(caplog):
+    liar = ScriptedTeacher()
+    liar.spoil = SPOILS["no number"]
+    with serving(liar) as one, serving(ScriptedTeacher(delay_s=0.01)) as two, fleet(one, two) as teachers:
+        for step in range(40):
+            assert np.array_equal(teachers.ask(batch(step)).result(), expected_logits(batch(step)))
+            time.sleep(0.02)
+        (state,) = [one for one in teachers.state().replicas if one.rows == 0]
+    assert "not finite" in state.words
+    said = [record.getMessage() for record in caplog.records if "wrong answer" in record.getMessage()]
+    assert len(said) == 1 and "(request " in said[0]
+    rests = np.diff(np.sort([0.0, *liar.calls]))
+    assert len(liar.calls) <= 8 and rests[-1] > rests[2], "longer each time in a row"
+
+
+def test_rows_that_no_teacher_can_answer_are_given_up_and_not_asked_for_ever():
+    one, two = ScriptedTeacher(), ScriptedTeacher()
+    one.spoil = two.spoil = SPOILS["no number"]
+    with serving(one) as here, serving(two) as there, fleet(here, there) as teachers:
+        with pytest.raises(TeacherRefusedError, match=r"no teacher can answer.*not finite.*\(request "):
+            teachers.ask(batch(num_rows=16)).result()
+    assert len(one.calls) + len(two.calls) == 5
+
+
+def test_a_busy_replica_is_asked_again_when_it_says_and_only_then():
+    busy = ScriptedTeacher()
+    busy.push_back_ms = 700
+    busy.fail_next = [grpc.StatusCode.RESOURCE_EXHAUSTED]
+    with serving(busy) as address, fleet(address, window=1) as teachers:
+        teachers.ask(batch(num_rows=16)).result()
+    first, second = busy.calls
+    assert second - first > 0.69
+
+
+def test_a_straggler_is_hedged_where_asked_for_and_every_row_is_taken_once():
+    slow, fast = ScriptedTeacher(), ScriptedTeacher(delay_s=0.02)
+    with serving(slow) as one, serving(fast) as two, fleet(one, two, hedge=4) as teachers:
+        for step in range(10):
+            teachers.ask(batch(step)).result()
+        slow.delay_s = 3.0
+        began = time.monotonic()
+        for step in range(10, 14):
+            assert np.array_equal(teachers.ask(batch(step)).result(), expected_logits(batch(step)))
+        assert time.monotonic() - began < 2.5
+        state = teachers.state()
+        assert state.hedges > 0
+        assert state.rows == 14 * 50
+
+
+def test_without_hedging_nothing_is_sent_twice():
+    slow, fast = ScriptedTeacher(delay_s=0.3), ScriptedTeacher()
+    with serving(slow) as one, serving(fast) as two, fleet(one, two) as teachers:
+        for step in range(12):
+            teachers.ask(batch(step)).result()
+        assert teachers.state().hedges == teachers.state().retries == 0
+    assert slow.answered_rows + fast.answered_rows == 12 * 50
+
+
+@pytest.fixture
+def name(monkeypatch):
+    """A name that stands for what the test says."""
+    monkeypatch.setattr("student_trainer.addresses.LOOK_UP_EVERY_S", 0.1)
+    known: set[str] = set()
+
+    def look_up(_name, _port):
+        if not known:
+            raise OSError("no such name")
+        return frozenset(known)
+
+    return known, look_up
+
+
+def test_a_replica_that_a_name_begins_to_stand_for_gets_rows_and_one_it_does_not_gets_no_more(name):
+    known, look_up = name
+    first, second = ScriptedTeacher(delay_s=0.05), ScriptedTeacher(delay_s=0.05)
+    with serving(first) as one, serving(second) as two:
+        threading.Timer(0.5, known.add, [one]).start()  # at first the name does not resolve: it is waited for
+        with fleet("dns:///teachers:1", look_up=look_up) as teachers:
+            answers = [teachers.ask(batch(step)) for step in range(8)]
+            known.add(two)
+            answers += [teachers.ask(batch(step)) for step in range(8, 40)]
+            wait_until(lambda: second.answered_rows)
+            known.discard(one)
+            wait_until(lambda: len(teachers.state().replicas) == 1)
+            until_then = first.answered_rows
+            for step, answer in enumerate(answers):
+                assert np.array_equal(answer.result(), expected_logits(batch(step)))
+            assert first.answered_rows == until_then
+            assert teachers.state().rows == 40 * 50
+    assert first.answered_rows + second.answered_rows == 40 * 50, "what was under way was finished, and taken once"
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_fleet_of_64_replicas_shares_the_rows_evenly():
+    teachers = [ScriptedTeacher(delay_s=0.02) for _ in range(64)]
+    with contextlib.ExitStack() as cleanup:
+        addresses = [cleanup.enter_context(serving(one)) for one in teachers]
+        together = cleanup.enter_context(fleet(*addresses, rows_per_request=1))
+        wait_until(lambda: sum(one.serves for one in together.state().replicas) == 64)
+        num_threads = threading.active_count()
+        answers = [together.ask(batch(step, num_rows=64)) for step in range(30)]
+        assert threading.active_count() - num_threads <= 64 * 9, "one a replica, and the servers' own"
+        for step, answer in enumerate(answers):
+            assert np.array_equal(answer.result(), expected_logits(batch(step, num_rows=64)))
+    counts = [one.answered_rows for one in teachers]
+    assert sum(counts) == 30 * 64 and min(counts) > 10, counts
+
+
+def test_teachers_hear_which_run_asks():
+    teacher = ScriptedTeacher()
+    with serving(teacher) as address, fleet(address, client="flowers:run:1f") as teachers:
+        teachers.ask(batch()).result()
+    assert teacher.clients == {"flowers:run:1f"}
+
+
+def test_a_fleet_says_how_it_does():
+    with serving(ScriptedTeacher(delay_s=0.2)) as address, fleet(address, window=3) as teachers:
+        answer = teachers.ask(batch(num_rows=96))
+        wait_until(lambda: teachers.state().replicas[0].in_flight == 3)
+        assert teachers.state().waiting == 3
+        answer.result()
+        state = teachers.state()
+        (replica,) = state.replicas
+        assert (replica.target, replica.serves, replica.window, replica.rows) == (address, True, 3, 96)
+        assert replica.latency_s >= 0.2 and replica.words == "answered" and state.rows == 96 and not state.waiting
+
+
+def test_a_run_that_waits_says_so_and_what_each_replica_said(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("student_trainer.dispatch._SAY_AFTER_S", 0.3)
+    with serving(ScriptedTeacher()) as address:
+        teachers = fleet(address)
+        teachers.ask(batch()).result()
+    with teachers:
+        answer = teachers.ask(batch())
+        wait_until(lambda: any("waiting up to 20 s" in record.getMessage() for record in caplog.records))
+        with serving(ScriptedTeacher(), address):
+            answer.result()
+    said = [record.getMessage() for record in caplog.records]
+    (waiting,) = [sentence for sentence in said if "waiting up to 20 s (--teacher.patience_s)" in sentence]
+    assert f"{address}: UNAVAILABLE" in waiting
+    assert any("the run goes on" in sentence for sentence in said)
+
+
+def test_a_run_that_was_told_to_stop_does_not_wait_for_its_patience():
+    with serving(ScriptedTeacher()) as address:
+        teachers = fleet(address, patience_s=600)
+    with teachers:
+        answer = teachers.ask(batch())
+        began = time.monotonic()
+        teachers.hurry(0.5)
+        with pytest.raises(TeachersGoneError):
+            answer.result()
+        assert time.monotonic() - began < 5
+
+
+def test_a_part_is_not_sent_back_to_where_it_failed_while_another_serves():
+    broken, fine = ScriptedTeacher(), ScriptedTeacher(delay_s=0.4)
+    with serving(broken) as one, serving(fine) as two, fleet(one, two, window=1, rows_per_request=4) as teachers:
+        wait_until(lambda: sum(replica.serves for replica in teachers.state().replicas) == 2)
+        broken.fail_next = [grpc.StatusCode.INTERNAL] * 100
+        for step in itertools.count():
+            answer = teachers.ask(batch(step, num_rows=12))
+            assert np.array_equal(answer.result(), expected_logits(batch(step, num_rows=12)))
+            if len(broken.calls) >= 3:
+                break
+    assert fine.answered_rows == 12 * (step + 1)
