@@ -49,10 +49,11 @@ def main() -> int:
     if config.exit_when_stdin_closes:
         threading.Thread(target=_end_with_stdin, args=(server,), name="stdin", daemon=True).start()
     code = _load(server) or _serve(server, config.address_file, address)
-    if not server.drain():
-        events.event("left_behind", reason="a thread hangs in the device or in a decoder; the process ends without it")
+    idle = server.drain()
+    events.event("stopped", address=address, exit_code=code, left_behind=not idle)
+    if not idle or code == _BROKEN:
+        # The interpreter's own end waits for threads and frees what is on the device: neither may ever come to its end.
         os._exit(code)
-    events.event("stopped", address=address, exit_code=code)
     return code
 
 

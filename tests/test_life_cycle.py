@@ -252,7 +252,7 @@ def test_sigterm_ends_even_a_process_whose_device_hangs_within_the_stated_time(r
         assert one.end() == 0, one.log.read_text()
         assert time.monotonic() - began < 1 + 5
         assert call.code() == grpc.StatusCode.UNAVAILABLE
-    assert "left_behind" in one.log.read_text()
+    assert '"left_behind": true' in one.log.read_text()
 
 
 def test_a_rolling_restart_under_load_loses_nothing(replica):
