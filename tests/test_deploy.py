@@ -19,7 +19,8 @@ from teacher_server.config import Config
 from teacher_server.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPOSE, CPU, ENV = (ROOT / name for name in ("docker-compose.yml", "docker-compose.cpu.yml", ".env.example"))
+COMPOSE, CPU, NODES = (ROOT / f"docker-compose{kind}.yml" for kind in ("", ".cpu", ".nodes"))
+ENV = ROOT / ".env.example"
 KUBERNETES = ROOT / "docker" / "k8s"
 NOT_MANIFESTS = {"kustomization.yaml", "prometheus-adapter.yaml"}
 DRAIN_S = Config(model="x").drain_s + 5  # what teacher_server.main promises
@@ -88,7 +89,7 @@ def test_compose_accepts_the_files(command):
     there = shutil.which(command[0]) and subprocess.run([*command, "version"], capture_output=True, check=False)
     if not there or there.returncode:
         pytest.skip(f"no {' '.join(command)} on this machine")
-    for files in ([COMPOSE], [COMPOSE, CPU]):
+    for files in ([COMPOSE], [COMPOSE, CPU], [COMPOSE, CPU, NODES]):
         chosen = [part for file in files for part in ("-f", str(file))]
         run = subprocess.run([*command, *chosen, "config", "-q"], cwd=ROOT, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
@@ -127,7 +128,7 @@ def test_teachers_can_be_many():
 
 def test_the_authority_s_key_is_seen_by_nobody_who_serves_or_learns():
     sees = {name: " ".join(SERVICES[name].get("volumes", [])) for name in OURS}
-    assert [name for name in OURS if "authority:" in sees[name]] == ["keys"]
+    assert [name for name in OURS if "/keys/authority" in sees[name]] == ["keys"]
     assert "student-keys" not in sees["teacher"]
     assert "teacher-keys" not in sees["student"]
 
@@ -143,7 +144,7 @@ def test_without_gpus_no_service_wants_nvidia_s_runtime_or_claims_a_gpu():
 
 
 def test_the_example_of_settings_names_each_variable_with_its_default():
-    used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", COMPOSE.read_text() + CPU.read_text()))
+    used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", COMPOSE.read_text() + CPU.read_text() + NODES.read_text()))
     lines = [line for line in ENV.read_text().splitlines() if line and not line.startswith("#")]
     assert dict(line.split("=", 1) for line in lines) == used
 
