@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from student_trainer.checkpoint import DamagedError, load, load_latest, refuse_other_settings, save
+from student_trainer.checkpoint import DamagedError, FullDiskError, load, load_latest, refuse_other_settings, save
 
 
 def state_of(step: int) -> dict:
@@ -143,3 +144,35 @@ def test_other_settings_are_refused_by_name_with_both_values():
 
 def test_same_settings_pass_also_when_tuples_came_back_as_lists():
     refuse_other_settings({"mean": [0.5, 0.5], "a": {"b": None}}, {"mean": (0.5, 0.5), "a": {"b": None}})
+
+
+@pytest.mark.parametrize("size", [10, 200_000])
+def test_a_full_disk_is_said_and_leaves_the_older_ones_whole_and_no_rubbish(tmp_path, size):
+    for step in (5, 6):
+        save(tmp_path, state_of(step))
+    (tmp_path / "checkpoints" / "step_00000007.tmp").symlink_to("/dev/full")
+    with pytest.raises(FullDiskError, match=r"for the checkpoint of step 7; there are whole ones of step 6 and 5:"):
+        save(tmp_path, {"step": 7, "student": torch.zeros(size)})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step_00000005.pt",
+        "step_00000006.pt",
+    ]
+    save(tmp_path, state_of(7))
+    assert load_latest(tmp_path)["step"] == 7
+
+
+def test_a_full_disk_is_known_behind_the_error_that_torch_makes_of_it(tmp_path, monkeypatch):
+    """As it is on a small tmpfs: the archive does not end where it should, because of the file's own error."""
+
+    def out_of_room(_state, _file):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", out_of_room)
+    with pytest.raises(FullDiskError, match=r"whole ones of step \(none\)"):
+        save(tmp_path, state_of(7))
+    monkeypatch.setattr(torch, "save", lambda _state, _file: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(tmp_path, state_of(7))

@@ -6,7 +6,7 @@ step. What happens to two ranks together is in test_end_to_end.py, what happens 
 
 from __future__ import annotations
 
-import contextlib
+import json
 import logging
 import os
 import signal
@@ -31,6 +31,7 @@ from student_trainer import checkpoint
 from student_trainer import train as loop
 from student_trainer.config import override
 from student_trainer.recipes import RECIPES
+from student_trainer.teacher_client import TeachersGoneError
 from student_trainer.world import World
 from test_end_to_end import Teacher, finish, lines, start_teacher, wait_for_step, weights
 
@@ -318,15 +319,16 @@ def test_a_disk_that_stays_full_ends_the_run_at_its_end_and_a_new_start_makes_up
     assert weights(student()) == undisturbed
 
 
-def test_teachers_that_are_gone_end_the_run_at_a_checkpoint_of_its_own(student, undisturbed, teachers, proxy, tmp_path):
-    """At step 13, with checkpoints every 10; the student's batch statistics are those of step 13 too."""
-    from student_trainer.teacher_client import TeachersGoneError
-
-    stopped = {13: proxy.stop}
+@pytest.mark.parametrize("step", [13, STEPS - 1])
+def test_teachers_that_are_gone_end_the_run_at_a_checkpoint_of_its_own(student, undisturbed, proxy, tmp_path, step):
+    """With checkpoints every 10: between two of them, its batch statistics too; and after the last step, with the
+    evaluation to be made up for."""
+    stopped = {step: proxy.stop}
     with pytest.raises(TeachersGoneError, match=r"(?s)no teacher has answered for.*UNAVAILABLE"):
-        student(proxy.address, lambda step: stopped.get(step, int)(), "--teacher.patience-s=1.5")
+        student(proxy.address, lambda now: stopped.get(now, int)(), "--teacher.patience-s=1.5")
     saved = checkpoint.load_latest(tmp_path / "run")["step"]
-    assert 13 < saved < STEPS and saved % EVERY
-    with contextlib.suppress(RuntimeError):
-        proxy.stop()
-    assert weights(student()) == undisturbed
+    assert saved == STEPS if step == STEPS - 1 else step < saved < STEPS and saved % EVERY
+    run_dir = student()
+    assert weights(run_dir) == undisturbed
+    assert json.loads((run_dir / "summary.json").read_text())["examples"] == 6
+    assert sorted({line["step"] for line in lines(run_dir)}) == list(range(1, STEPS + 1))
