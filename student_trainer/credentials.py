@@ -125,16 +125,18 @@ class Credentials:
 
     def hint(self, details: str) -> str:
         """What an UNAVAILABLE may mean that gRPC says in its own words only; "" if nothing comes to mind."""
+        # The other side ended the connection before it was one. Torn later, it is a teacher that died.
+        torn = ("Socket closed", "Connection reset", "End of TCP stream", "tcp handshaker shutdown")
+        hung_up = "failed to connect" in details and any(words in details for words in torn)
         if self.ca is None:
-            torn = ("Socket closed", "recvmsg:Connection reset", "End of TCP stream", "tcp handshaker shutdown")
-            return " (does it want TLS? --teacher.tls_ca)" if any(words in details for words in torn) else ""
+            return " (does it want TLS? --teacher.tls_ca)" if hung_up else ""
         if "CERTIFICATE_VERIFY_FAILED" in details:
             return " (its certificate is not of --teacher.tls_ca, or out of date)"
         if "Hostname Verification Check failed" in details or "Peer name" in details:
             return " (its certificate has another name: --teacher.tls_name)"
         if "WRONG_VERSION_NUMBER" in details:
             return " (it does not speak TLS: leave out --teacher.tls_ca, or give it --tls-cert)"
-        if "andshake" in details:
+        if hung_up and self.cert is None:
             return " (does it want a certificate of ours? --teacher.tls_cert)"
         return ""
 
