@@ -3,9 +3,9 @@
 What lives here: the checks that need a picture or a data set, and the bounds of what decoding may cost. What does not:
 what the wire says (views/wire.py), how a picture file says its size (picture_header.py), status codes (service.py).
 
-Memory while decoding is bounded: a picture that a request carries has max_pixels at most by its header, and one run of
-a renderer takes pictures and boxes of _PIXELS_AT_ONCE together. Pictures of our own data sets are as large as whoever
-prepared them wanted; they are rendered in the same portions.
+Memory while decoding is bounded: a picture that a request carries has max_pixels at most by its header, and pictures
+are read and rendered in portions of _PIXELS_AT_ONCE, boxes included. Pictures of our own data sets are as large as
+whoever prepared them wanted; they come in the same portions. Between two portions other requests have their turns.
 
 DALI is imported when the renderers are made: without it a server still answers views that come as pixels.
 """
@@ -13,8 +13,8 @@ DALI is imported when the renderers are made: without it a server still answers 
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +27,9 @@ from views.wire import Question
 
 if TYPE_CHECKING:
     from views.render import Renderer
+
+Turn = Callable[[int], AbstractContextManager[None]]
+"""A place at work for a portion of so many pixels; entering it may wait."""
 
 _VIEWS_AT_ONCE = 128  # of one run of the DALI graph
 _PIXELS_AT_ONCE = 2**27  # of pictures and boxes in one portion: 3 bytes each, up to 8 in a PNG of 16 bits
@@ -65,28 +68,32 @@ class Pictures:
         for renderer in renderers:
             self._renderers.put(renderer)
 
-    def views(self, question: Question, digest: str) -> torch.Tensor:
+    def views(self, question: Question, digest: str, turn: Turn) -> torch.Tensor:
         """Render all views: uint8 [V, size, size, 3] on the renderers' device; pixels stay on the CPU.
 
         Args:
             question: what to look at.
             digest: of the data set, for references.
+            turn: entered for each portion of the work, with the pixels that are looked at; may raise to end it there.
 
         Raises:
             BadRequestError: or one of its kinds; the sentence names row and sample.
         """
         if question.pixels is not None:
-            return torch.from_numpy(question.pixels.copy())  # the wire's buffer is read-only
+            with turn(question.pixels.size // 3):
+                return torch.from_numpy(question.pixels.copy())  # the wire's buffer is read-only
         if not self.renders:
             raise NotHereError("this teacher has no renderer (DALI is not installed): send rendered pixels")
         if question.transport == "reference":
-            index, pictures = self._read(question, digest)
+            index = self._index(question, digest)
             sizes = index.height[question.sample].astype(np.int64) * index.width[question.sample]
         else:
-            files = list(question.encoded)
-            sizes = self._checked_sizes(question, files)
-            pictures = [np.frombuffer(file, np.uint8) for file in files]
-        return self._render(question, pictures, sizes)
+            index, sizes = None, self._checked_sizes(question)
+        done: list[torch.Tensor] = []
+        for part, num_pixels in _portions(question, sizes):
+            with turn(num_pixels):
+                done.append(self._render(question, part, index))
+        return torch.cat(done) if len(done) > 1 else done[0]
 
     def whole(self, index: Index, sample: NDArray[np.int64]) -> torch.Tensor:
         """Whole pictures of a data set as views, uint8 [V, size, size, 3]: what the start-up gate looks at."""
@@ -96,22 +103,20 @@ class Pictures:
         with self._renderer() as renderer:
             return renderer.render(index.read(sample), image, box, np.zeros(len(sample), np.bool_))
 
-    def _read(self, question: Question, digest: str) -> tuple[Index, list[NDArray[np.uint8]]]:
+    def _index(self, question: Question, digest: str) -> Index:
+        """The data set that the question refers to, after checking that samples and boxes are in it."""
         index = self.data_sets.get(digest)
         if index is None:
             here = ", ".join(f"{i.name} ({i.digest[:12]})" for i in self.data_sets.values()) or "none"
             raise NotHereError(f"data set {digest[:12] or '(no digest)'} is not here; here: {here}")
         _check_samples(question, index)
         _check_boxes(question, index)
-        try:
-            return index, index.read(question.sample)
-        except OSError as error:
-            raise NotHereError(f"{_row_that_cannot_be_read(question, index)}: {error}") from error
+        return index
 
-    def _checked_sizes(self, question: Question, files: Sequence[bytes]) -> NDArray[np.int64]:
+    def _checked_sizes(self, question: Question) -> NDArray[np.int64]:
         """Pixels of each picture that the request carries, by its header; none has been decoded yet."""
-        sizes = np.zeros(len(files), np.int64)
-        for picture, file in enumerate(files):
+        sizes = np.zeros(len(question.encoded), np.int64)
+        for picture, file in enumerate(question.encoded):
             try:
                 sizes[picture] = self._checked_size(file)
             except ValueError as error:
@@ -136,19 +141,20 @@ class Pictures:
             )
         return height * width
 
-    def _render(self, question: Question, pictures: list[NDArray[np.uint8]], sizes: NDArray[np.int64]) -> torch.Tensor:
+    def _render(self, question: Question, part: slice, index: Index | None) -> torch.Tensor:
+        """The views of one portion; its pictures are read for it alone."""
         from views.render import BadPictureError
 
-        done: list[torch.Tensor] = []
+        used, image = np.unique(question.image[part], return_inverse=True)
+        if index is not None:
+            pictures = _read(question, used, index)
+        else:
+            pictures = [np.frombuffer(question.encoded[picture], np.uint8) for picture in used]
         with self._renderer() as renderer:
-            for part in _portions(question, sizes):
-                try:
-                    done.append(
-                        renderer.render(pictures, question.image[part], question.box[part], question.flip[part])
-                    )
-                except BadPictureError as error:
-                    raise BadRequestError(f"{question.name(part.start + error.view)}: {error}") from error
-        return torch.cat(done) if len(done) > 1 else done[0]
+            try:
+                return renderer.render(pictures, image.astype(np.int32), question.box[part], question.flip[part])
+            except BadPictureError as error:
+                raise BadRequestError(f"{question.name(part.start + error.view)}: {error}") from error
 
     @contextmanager
     def _renderer(self) -> Iterator[Renderer]:
@@ -172,20 +178,23 @@ def make_renderers(
     return [Renderer(rendering, _VIEWS_AT_ONCE, device.index, threads) for _ in range(num)], RENDER_VERSION
 
 
-def _portions(question: Question, sizes: NDArray[np.int64]) -> Iterator[slice]:
-    """Consecutive views whose boxes, and the pictures they show, have _PIXELS_AT_ONCE at most; one view at least."""
+def _portions(question: Question, sizes: NDArray[np.int64]) -> Iterator[tuple[slice, int]]:
+    """Consecutive views whose boxes, and the pictures they show, have _PIXELS_AT_ONCE at most, and how many they have.
+
+    One view at least.
+    """
     areas: list[int] = (question.box[:, 2].astype(np.int64) * question.box[:, 3]).tolist()
     shown: set[int] = set()
     start = pixels = 0
     for view, (picture, area) in enumerate(zip(question.image.tolist(), areas, strict=True)):
         cost = area + (0 if picture in shown else int(sizes[picture]))
         if pixels + cost > _PIXELS_AT_ONCE and view > start:
-            yield slice(start, view)
+            yield slice(start, view), pixels
             start, pixels, shown = view, 0, set()
             cost = area + int(sizes[picture])
         pixels += cost
         shown.add(picture)
-    yield slice(start, question.num_views)
+    yield slice(start, question.num_views), pixels
 
 
 def _check_samples(question: Question, index: Index) -> None:
@@ -211,14 +220,15 @@ def _check_boxes(question: Question, index: Index) -> None:
         )
 
 
-def _row_that_cannot_be_read(question: Question, index: Index) -> str:
-    """The name of the first row whose picture cannot be read."""
-    for picture, sample in enumerate(question.sample):
+def _read(question: Question, used: NDArray[np.int32], index: Index) -> list[NDArray[np.uint8]]:
+    """The files of the pictures used, numbers among those of the question."""
+    files = []
+    for picture in used.tolist():
         try:
-            index.read([int(sample)])
-        except OSError:
-            return _name_of_picture(question, picture)
-    return "a row"  # it can be read again: say what the error said
+            files += index.read([int(question.sample[picture])])
+        except OSError as error:
+            raise NotHereError(f"{_name_of_picture(question, picture)}: {error}") from error
+    return files
 
 
 def _name_of_picture(question: Question, picture: int) -> str:

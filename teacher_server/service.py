@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -36,7 +37,7 @@ from teacher_server.metrics import Metrics
 from teacher_server.model import Scene, broken_device
 from teacher_server.pictures import BadRequestError, NotHereError, Pictures, UnknownSampleError
 from teacher_server.shares import FullError
-from teacher_server.ticket import ClosedError, ModelError, OverloadedError, WithdrawnError
+from teacher_server.ticket import ClosedError, ModelError, OverloadedError, Ticket, WithdrawnError
 from teacher_server.turns import Turns
 from views.setting import Average
 from views.view import view_digest
@@ -186,10 +187,7 @@ class TeacherService:
             # From here on, a caller that gives up or whose deadline passes withdraws the ticket.
             if not context.add_callback(ticket.withdraw):
                 raise WithdrawnError("the call ended before it began")
-            with desk.turns.turn(caller.client, question.num_views, lambda: ticket.settled):
-                ticket.check()
-                with self._metrics.render.time():
-                    pixels = desk.pictures.views(question, asked.digest)
+            pixels = self._views(desk, asked, ticket, caller.client)
             asked.question = question = question.without_pictures()
             partner = torch.from_numpy(question.partner.astype(np.int64))
             ticket.submit(Scene(pixels, partner, torch.from_numpy(question.lam.copy())))
@@ -203,6 +201,23 @@ class TeacherService:
             _vouch(reply, pixels, question, with_pixels=asked.audit_pixels)
         self._metrics.answered(len(question.lam))
         return reply
+
+    def _views(self, desk: Desk, asked: _Asked, ticket: Ticket[Scene], client: str) -> torch.Tensor:
+        """The question's views, rendered portion by portion; between two, others have their turns."""
+        seconds = 0.0
+
+        @contextmanager
+        def turn(num_pixels: int) -> Iterator[None]:
+            nonlocal seconds
+            with desk.turns.turn(client, num_pixels, lambda: ticket.settled):
+                ticket.check()
+                began = time.monotonic()
+                yield
+                seconds += time.monotonic() - began
+
+        pixels = desk.pictures.views(asked.question, asked.digest, turn)
+        self._metrics.render.observe(seconds)
+        return pixels
 
     def _refusal(self, error: Exception, desk: Desk | None, caller: _Caller) -> Refusal:
         """The answer to give instead of logits."""

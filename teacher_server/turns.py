@@ -37,7 +37,7 @@ class Turns:
 
         Args:
             name: the client.
-            cost: of this turn, in views.
+            cost: of this turn, in pixels that are looked at.
             given_up: asked when the turn has come; if so it costs nothing, and the body has nothing to do.
         """
         me = object()

@@ -213,6 +213,11 @@ def question(files: list[bytes], image: list[int], box: list[list[int]]) -> Ques
     )  # fmt: skip
 
 
+def at_once(num_pixels: int) -> contextlib.AbstractContextManager[None]:
+    """A turn that nobody waits for."""
+    return contextlib.nullcontext()
+
+
 @pytest.fixture(scope="module")
 def shop() -> Pictures:
     import torch
@@ -225,11 +230,11 @@ def test_a_picture_beyond_the_limits_is_named_before_anything_is_decoded(shop):
     good = jpeg(1)
     whole = [0, 0, 8, 8]
     with pytest.raises(BadRequestError, match=r"row 1, sample 101: .* 61 x 80 pixels .* 4800 .*--max-picture-pixels"):
-        shop.views(question([good, jpeg(1, 61, 80)], [0, 1], [whole, whole]), "")
+        shop.views(question([good, jpeg(1, 61, 80)], [0, 1], [whole, whole]), "", at_once)
     with pytest.raises(BadRequestError, match=r"row 0, sample 101: .* bytes, .* 20000 \(--max-picture-bytes\)"):
-        shop.views(question([good, good + bytes(20_000)], [1, 0], [whole, whole]), "")
+        shop.views(question([good, good + bytes(20_000)], [1, 0], [whole, whole]), "", at_once)
     with pytest.raises(BadRequestError, match=r"picture 1 \(no view shows it\), sample 101: the picture is empty"):
-        shop.views(question([good, b""], [0, 0], [whole, whole]), "")
+        shop.views(question([good, b""], [0, 0], [whole, whole]), "", at_once)
 
 
 def test_portions_hold_no_more_pixels_than_allowed_and_give_the_same_views(shop, monkeypatch):
@@ -239,15 +244,31 @@ def test_portions_hold_no_more_pixels_than_allowed_and_give_the_same_views(shop,
     box = [[int(rng.integers(0, 30)), int(rng.integers(0, 40)), int(rng.integers(1, 30)), int(rng.integers(1, 40))]
            for _ in image]  # fmt: skip
     asked = question(files, image, box)
-    at_once = shop.views(asked, "")
+    in_one_go = shop.views(asked, "", at_once)
     for limit in (1, 6000, 20_000):
         monkeypatch.setattr(pictures_room, "_PIXELS_AT_ONCE", limit)
         parts = list(pictures_room._portions(asked, np.full(6, 4800)))
-        assert [view for part in parts for view in range(part.start, part.stop)] == list(range(40))
-        for part in parts:
+        assert [view for part, _ in parts for view in range(part.start, part.stop)] == list(range(40))
+        for part, num_pixels in parts:
             cost = 4800 * len(set(image[part])) + sum(h * w for _, _, h, w in box[part])
-            assert cost <= limit or part.stop - part.start == 1
-        assert shop.views(asked, "").equal(at_once)
+            assert cost == num_pixels and (cost <= limit or part.stop - part.start == 1)
+        assert shop.views(asked, "", at_once).equal(in_one_go)
+
+
+def test_a_request_that_nobody_wants_any_more_ends_at_the_next_portion(shop, monkeypatch):
+    monkeypatch.setattr(pictures_room, "_PIXELS_AT_ONCE", 2 * 4800 + 200)
+    begun: list[int] = []
+
+    @contextlib.contextmanager
+    def turn(num_pixels: int) -> Iterator[None]:
+        if len(begun) == 2:
+            raise TimeoutError
+        begun.append(num_pixels)
+        yield
+
+    with pytest.raises(TimeoutError):
+        shop.views(question([jpeg(seed) for seed in range(7)], [*range(7)], [[0, 0, 8, 8]] * 7), "", turn)
+    assert begun == [2 * (4800 + 64)] * 2
 
 
 def test_a_picture_that_only_the_renderer_refuses_is_named_and_no_other_is_blamed(shop, monkeypatch):
@@ -258,12 +279,12 @@ def test_a_picture_that_only_the_renderer_refuses_is_named_and_no_other_is_blame
     whole = [0, 0, 8, 8]
     asked = question([jpeg(1), wrong_checksum], [0, 1], [whole, whole])
     with pytest.raises(BadRequestError, match=r"row 1, sample 101: the picture .* does not decode: DALI"):
-        shop.views(asked, "")
-    good = shop.views(question([jpeg(1)], [0], [whole]), "")
+        shop.views(asked, "", at_once)
+    good = shop.views(question([jpeg(1)], [0], [whole]), "", at_once)
     assert good.shape == (1, 16, 16, 3)
     monkeypatch.setattr(render_room, "_sound_picture", lambda: np.zeros(9, np.uint8))
     with pytest.raises(RuntimeError, match="though every picture decodes"):  # not even a sound one: a broken device
-        shop.views(asked, "")
+        shop.views(asked, "", at_once)
 
 
 # --- a real server's memory
