@@ -15,6 +15,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -178,23 +179,43 @@ def make_renderers(
     return [Renderer(rendering, _VIEWS_AT_ONCE, device.index, threads) for _ in range(num)], RENDER_VERSION
 
 
-def _portions(question: Question, sizes: NDArray[np.int64]) -> Iterator[tuple[slice, int]]:
-    """Consecutive views whose boxes, and the pictures they show, have _PIXELS_AT_ONCE at most, and how many they have.
+@dataclass(slots=True)
+class _Portion:
+    """Consecutive views that are rendered in one go."""
 
-    One view at least.
-    """
+    start: int
+    stop: int
+    pictures: set[int] = field(default_factory=set)
+    boxes: int = 0  # pixels of all boxes
+    once: int = 0  # pixels of the pictures, each counted once
+    each: int = 0  # the same for each view
+
+    def pixels(self) -> int:
+        """What decoding and cutting touch: a renderer decodes a picture once if two views on average show it."""
+        shared = self.stop - self.start >= 2 * len(self.pictures)
+        return self.boxes + (self.once if shared else self.each)
+
+    def add(self, picture: int, size: int, box: int) -> None:
+        """Take one more view, with the pixels of its picture and of its box."""
+        self.once += 0 if picture in self.pictures else size
+        self.pictures.add(picture)
+        self.each += size
+        self.boxes += box
+        self.stop += 1
+
+
+def _portions(question: Question, sizes: NDArray[np.int64]) -> Iterator[tuple[slice, int]]:
+    """The question's views in portions of _PIXELS_AT_ONCE at most, or of one view; and how many pixels each has."""
     areas: list[int] = (question.box[:, 2].astype(np.int64) * question.box[:, 3]).tolist()
-    shown: set[int] = set()
-    start = pixels = 0
+    portion, pixels = _Portion(0, 0), 0
     for view, (picture, area) in enumerate(zip(question.image.tolist(), areas, strict=True)):
-        cost = area + (0 if picture in shown else int(sizes[picture]))
-        if pixels + cost > _PIXELS_AT_ONCE and view > start:
-            yield slice(start, view), pixels
-            start, pixels, shown = view, 0, set()
-            cost = area + int(sizes[picture])
-        pixels += cost
-        shown.add(picture)
-    yield slice(start, question.num_views), pixels
+        portion.add(picture, size := int(sizes[picture]), area)
+        if portion.pixels() > _PIXELS_AT_ONCE and view > portion.start:
+            yield slice(portion.start, view), pixels
+            portion = _Portion(view, view)
+            portion.add(picture, size, area)
+        pixels = portion.pixels()
+    yield slice(portion.start, portion.stop), pixels
 
 
 def _check_samples(question: Question, index: Index) -> None:
