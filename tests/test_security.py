@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -29,6 +30,8 @@ import models
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from student_trainer import checkpoint
+from student_trainer.addresses import Place
+from student_trainer.credentials import Credentials, Token
 from teacher_server.config import Config
 from teacher_server.server import create_server
 
@@ -270,6 +273,17 @@ def test_the_token_travels_as_call_credentials_inside_tls(keys, token_file):
         )
         assert described(grpc.secure_channel(address, credentials)) == LOADING
         assert described(secure(address, ca=keys))[0] == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_student_comes_in_with_the_files_that_make_keys_wrote(keys, other_keys):
+    with listening(**tls(keys), tls_client_ca=keys / "ca.pem", token_file=keys / "token") as address:
+        place = Place(address)
+        ours = Credentials(
+            ca=keys / "ca.pem", cert=keys / "client.pem", key=keys / "client.key", token=Token(keys / "token")
+        )
+        assert described(ours.channel(place)) == LOADING
+        stolen = replace(ours, token=Token(other_keys / "token"))
+        assert described(stolen.channel(place))[0] == grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_a_token_is_rotated_by_two_lines_and_the_server_runs_on(guarded, token_file, caplog):
