@@ -20,6 +20,7 @@ _DTYPES: dict[pb.Array.DType, np.dtype[Any]] = {
     pb.Array.FLOAT16: np.dtype("<f2"),
     pb.Array.FLOAT32: np.dtype("<f4"),
 }
+_MAX_DIMS = 8  # beyond, a shape is not even repeated in the sentence about it
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -43,6 +44,8 @@ def from_message(message: pb.Array, name: str, dtype: type[np.generic], shape: t
     sent: np.dtype[Any] = _DTYPES[message.dtype]
     if sent != np.dtype(dtype):
         raise ValueError(f"{name} has dtype {sent}, expected {np.dtype(dtype)}")
+    if len(message.shape) > _MAX_DIMS:
+        raise ValueError(f"{name} has {len(message.shape)} dimensions, expected {len(shape)}")
     dims = tuple(message.shape)
     if len(dims) != len(shape) or any(want not in (None, got) for got, want in zip(dims, shape, strict=True)):
         wanted = "[" + ", ".join("any" if want is None else str(want) for want in shape) + "]"

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from protos import teacher_pb2 as pb
 from protos.arrays import to_message
 from protos.outline import check_outline
-from teacher_server.admission import Admission
+from teacher_server.admission import MAX_MESSAGE_BYTES, Admission
 from teacher_server.batcher import Batcher
 from teacher_server.clients import MAX_NAME_BYTES, Clients, host_of
 from teacher_server.events import Repeated
@@ -45,6 +45,7 @@ from views.wire import Question, read_question
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
 
+_MAX_ID_CHARACTERS = 128
 _OTHER_PARTS = 1000  # of a message, beside a picture for each view; ours have about a hundred
 _FAILURES_UNTIL_BROKEN = 3  # in a row: a model that fails every batch does not recover inside this process
 
@@ -174,6 +175,10 @@ class TeacherService:
         if message is None:
             raise BadRequestError("the call ended without a request")
         request = _parsed(message, desk.description.max_rows)
+        if len(request.request_id) > _MAX_ID_CHARACTERS:
+            raise BadRequestError(
+                f"request_id has {len(request.request_id)} characters, at most {_MAX_ID_CHARACTERS} are allowed"
+            )
         caller.request_id = request.request_id
         if (num_bytes := len(request.client.encode())) > MAX_NAME_BYTES:
             raise BadRequestError(f"client has {num_bytes} bytes, at most {MAX_NAME_BYTES} are allowed")
@@ -305,6 +310,9 @@ def _checked(request: pb.PredictRequest, description: pb.Description) -> Questio
         question = read_question(request, description.rendering.size)
     except ValueError as error:
         raise BadRequestError(str(error)) from error
+    audit_bytes = len(question.audit) * 3 * description.rendering.size**2
+    if request.audit_pixels and audit_bytes > MAX_MESSAGE_BYTES // 2:
+        raise BadRequestError(f"the pixels of {len(question.audit)} audited views do not fit a reply: ask for fewer")
     # Every view is a row's own or a row's partner, every picture a view's.
     if question.num_views > 2 * num_rows:
         raise BadRequestError(f"{num_rows} rows need at most {2 * num_rows} views, got {question.num_views}")

@@ -128,7 +128,7 @@ def change_shape(draw: Draw, request: pb.PredictRequest) -> None:
         case 3:
             shape, array.data = [2**32 - 1, 2**32 - 1, 2, 2], b""  # overflows 64 bits
         case 4:
-            shape, array.data = one_of(draw, [([0], b""), ([0, 0], b""), ([1] * 500, b"\0"), ([2**31, 2**31], b"")])
+            shape, array.data = one_of(draw, [([0], b""), ([0, 0], b""), ([1] * 900, b"\0"), ([2**31, 2**31], b"")])
     array.shape[:] = shape
 
 
@@ -377,6 +377,24 @@ def test_a_message_of_many_small_parts_is_refused_unparsed(target, name):
     sent = len(SWOLLEN[name]) / 2**20
     assert peak_mb(target.process.pid) - before < 3 * sent + 20, "MB; parsing costs up to sixteen times what is sent"
     target.is_well()
+
+
+def test_an_audit_of_more_views_than_there_are_is_refused(target):
+    """Four bytes sent for each would be a whole view in memory: 3 GB for these."""
+    request = pb.PredictRequest.FromString(target.honest[2])
+    request.audit.CopyFrom(to_message(np.zeros(2**20, np.int32)))
+    with pytest.raises(grpc.RpcError, match="audit names 1048576 views of 6") as error:
+        target.channel.unary_unary(PATH)(request.SerializeToString(), timeout=60)
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_refusal_does_not_repeat_what_would_not_fit_an_answer(target):
+    """A status travels in a header, which gRPC bounds: beyond, the caller sees another status."""
+    for damage in (packed(0x3A, b"\x10\xff\xff\xff\xff\x0f" * 900), packed(0x0A, b"x" * 10**6)):
+        with pytest.raises(grpc.RpcError) as error:
+            target.channel.unary_unary(PATH)(b"\x12\x01x" + target.honest[0] + damage, timeout=60)
+            pytest.fail("answered")
+        assert error.value.code().name in DOCUMENTED and len(error.value.details()) < 1000
 
 
 def test_an_honest_message_has_the_outline_of_one_and_a_cut_one_has_not(target):

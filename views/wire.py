@@ -150,6 +150,8 @@ def read_question(request: pb.PredictRequest, size: int) -> Question:
         raise ValueError(f"{num_rows} rows need at least as many views, got {num_views}")
     _check(lam, (lam >= 0) & (lam <= 1), "lam must lie in [0, 1]", "row")
     _check(partner, (partner >= 0) & (partner < num_views), f"partner must lie in [0, {num_views})", "row")
+    if len(audit) > num_views:  # each is rendered pixels: four bytes here would cost 150 kB
+        raise ValueError(f"audit names {len(audit)} views of {num_views}: each once at most")
     _check(audit, (audit >= 0) & (audit < num_views), f"audit must lie in [0, {num_views})", "audit entry")
     mean_of, average = _read_mean(request, partner, lam)
     return Question(
