@@ -80,7 +80,8 @@ def run(study: Study, setting: str, seed: int, address: str, more: Sequence[str]
     began = time.monotonic()
     with (folder / "output.log").open("ab") as log:
         subprocess.run(
-            [sys.executable, "student_trainer/main.py", f"--recipe={study.recipe}", f"--views.setting={setting}",
+            [sys.executable, "student_trainer/leash.py", "SIGTERM", str(os.getpid()),  # ends, and saves, with us
+             sys.executable, "student_trainer/main.py", f"--recipe={study.recipe}", f"--views.setting={setting}",
              f"--seed={seed}", f"--data={study.data.resolve()}", f"--teacher={address}",
              f"--run-dir={folder.resolve()}", f"--teacher.store={(study.out / 'logits').resolve()}", *more],
             cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
