@@ -26,8 +26,8 @@ import numpy as np
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import to_message
-from student_trainer.addresses import look_up
-from student_trainer.teacher_client import Fleet
+from student_trainer.fleet import Fleet
+from student_trainer.fleet.addresses import look_up
 from views.draw import Plan, ViewLaw
 from views.view import Rows
 from views.wire import ask_by_reference

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from data_prep.index import Index
 from protos import teacher_pb2 as pb
+from student_trainer.fleet import Audit, Fleet, TeacherRefusedError
 from student_trainer.loader import Lesson
 from student_trainer.pictures import Pictures
-from student_trainer.teacher_client import Audit, Fleet, TeacherRefusedError
 from views.render import MAX_PIXEL_DIFFERENCE, RENDER_VERSION, Renderer, Rendering
 from views.view import Rows, view_digest
 

@@ -23,9 +23,9 @@ from torch.nn import functional
 from data_prep.index import Index
 from models import ModelCard
 from student_trainer.config import Config
+from student_trainer.fleet import TeacherError, TeachersGoneError
 from student_trainer.loader import Batch, Lesson, Source, run_ahead
 from student_trainer.loss import agreement, kl_divergence, one_teacher
-from student_trainer.teacher_client import TeacherError, TeachersGoneError
 from student_trainer.teachers import LiveTeacher
 from student_trainer.world import World
 from views.draw import ViewLaw

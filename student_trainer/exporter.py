@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from student_trainer.teacher_client import Fleet
+from student_trainer.fleet import Fleet
 
 _OF_A_STEP = {
     "loss": ("loss", "loss of the last step"),

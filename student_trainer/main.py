@@ -45,11 +45,11 @@ def main() -> None:
     config, is_tiny = parse(sys.argv[1:])
     log.set_up(config.log_format, int(os.environ.get("RANK", 0)))
     # After the settings are known to be right: these import torch and DALI.
+    from student_trainer.fleet import TeacherError
     from student_trainer.local_teacher import TeacherDiedError
     from student_trainer.logit_store import StoreGoneError
     from student_trainer.pictures import PictureError
     from student_trainer.report import print_table
-    from student_trainer.teacher_client import TeacherError
     from student_trainer.train import NonFiniteLossError, train
 
     expected = ValueError, OSError, TeacherError, TeacherDiedError, StoreGoneError, PictureError, NonFiniteLossError

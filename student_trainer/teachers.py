@@ -30,11 +30,10 @@ from tqdm import tqdm
 from data_prep.index import Index
 from protos import teacher_pb2 as pb
 from student_trainer.config import Config
-from student_trainer.credentials import Credentials, Token
+from student_trainer.fleet import Answer, Audit, Credentials, Fleet, TeacherRefusedError, Token
 from student_trainer.local_teacher import teacher_beside
 from student_trainer.logit_store import LogitStore, StoreGoneError, StoreKey, absent, open_store
 from student_trainer.pictures import Pictures
-from student_trainer.teacher_client import Answer, Audit, Fleet, TeacherRefusedError
 from student_trainer.world import World
 from views.render import Renderer
 from views.setting import FixedViews

@@ -36,12 +36,12 @@ from student_trainer.config import FREE_ON_RESUME, Config, settings
 from student_trainer.contact_sheet import first_batch_sheet
 from student_trainer.evaluate import Evaluation
 from student_trainer.exporter import Exporter
+from student_trainer.fleet import Audit, Fleet, TeacherError, TeachersGoneError
 from student_trainer.loader import Batch, Lesson, Source, run_ahead
 from student_trainer.loss import agreement, distillation_loss, entropy, kl_divergence, mixup_cross_entropy, one_teacher
 from student_trainer.metrics import Metrics, read
 from student_trainer.optimizer import clip_gradients, make_optimizer, set_schedule
 from student_trainer.schedule import Schedule, num_steps
-from student_trainer.teacher_client import Audit, Fleet, TeacherError, TeachersGoneError
 from student_trainer.teachers import FixedTeacher, LiveTeacher, Teacher, fleets, services
 from student_trainer.world import World
 from views.draw import Plan

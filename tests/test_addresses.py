@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer import addresses
-from student_trainer.addresses import Addresses, Place
+from student_trainer.fleet import addresses
+from student_trainer.fleet.addresses import Addresses, Place
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,7 +116,7 @@ def test_the_systems_own_resolver_is_asked():
 NAME_SERVER = """
 import socket, struct, sys, threading, time
 sys.path.insert(0, {root!r})
-from student_trainer import addresses
+from student_trainer.fleet import addresses
 
 known = []
 

@@ -12,9 +12,9 @@ import torch
 from data_prep.index import Index
 from protos import teacher_pb2 as pb
 from student_trainer.audit import ViewAudit, teacher_rendering
+from student_trainer.fleet import Fleet, TeacherRefusedError
 from student_trainer.loader import Lesson, Source, run_ahead
 from student_trainer.pictures import PictureError
-from student_trainer.teacher_client import Fleet, TeacherRefusedError
 from student_trainer.teachers import LiveTeacher
 from teacher_server.config import Config
 from teacher_server.server import create_server

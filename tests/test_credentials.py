@@ -12,10 +12,10 @@ import grpc
 import pytest
 
 from protos import teacher_pb2_grpc as pb_grpc
-from student_trainer.addresses import Place
-from student_trainer.credentials import Credentials, Token
-from student_trainer.teacher_client import Fleet, TeacherRefusedError, TeachersGoneError
-from test_teacher_client import DIGEST, ScriptedTeacher, batch, expected_logits
+from student_trainer.fleet import Fleet, TeacherRefusedError, TeachersGoneError
+from student_trainer.fleet.addresses import Place
+from student_trainer.fleet.credentials import Credentials, Token
+from test_fleet import DIGEST, ScriptedTeacher, batch, expected_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "a token of thirty-two characters"[:32].replace(" ", "-")

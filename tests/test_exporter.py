@@ -15,7 +15,7 @@ from conftest import serve
 from data_prep.index import Index
 from student_trainer import log
 from student_trainer.exporter import Exporter
-from student_trainer.teacher_client import Fleet
+from student_trainer.fleet import Fleet
 from views.draw import Plan
 from views.setting import ViewSetting
 
@@ -77,7 +77,7 @@ def restored_logging():
 
 def test_a_json_log_has_one_object_a_line_with_request_ids_and_warnings(restored_logging, capsys):
     log.set_up("json", rank=3)
-    logging.getLogger("student_trainer.dispatch").warning(
+    logging.getLogger("student_trainer.fleet.dispatch").warning(
         "sent again\nand %s", np.float32(1), extra={"request_id": "abc"}
     )
     with warnings.catch_warnings():

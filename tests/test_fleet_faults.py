@@ -30,8 +30,8 @@ from protos.arrays import from_message, to_message
 from student_trainer import checkpoint
 from student_trainer import train as loop
 from student_trainer.config import override
+from student_trainer.fleet import TeachersGoneError
 from student_trainer.recipes import RECIPES
-from student_trainer.teacher_client import TeachersGoneError
 from student_trainer.world import World
 from test_end_to_end import Teacher, finish, lines, start_teacher, wait_for_step, weights
 
@@ -266,7 +266,7 @@ def test_a_name_that_stands_for_other_replicas_now_and_then(student, undisturbed
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, int(port))) for host in known]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr("student_trainer.addresses.LOOK_UP_EVERY_S", 0.2)
+    monkeypatch.setattr("student_trainer.fleet.addresses.LOOK_UP_EVERY_S", 0.2)
     changes = {8: hosts, 16: hosts[1:], 24: [], 32: hosts[:1]}
 
     def at(step):

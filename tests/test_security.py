@@ -30,8 +30,8 @@ import models
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from student_trainer import checkpoint
-from student_trainer.addresses import Place
-from student_trainer.credentials import Credentials, Token
+from student_trainer.fleet.addresses import Place
+from student_trainer.fleet.credentials import Credentials, Token
 from teacher_server.config import Config
 from teacher_server.server import create_server
 

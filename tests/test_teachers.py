@@ -20,7 +20,7 @@ from conftest import NUM_CLASSES, photograph, serve
 from data_prep.index import Index
 from data_prep.prepare import prepare
 from student_trainer.config import Config, DataConfig, OptimConfig, StudentConfig, TeacherConfig
-from student_trainer.teacher_client import TeacherRefusedError
+from student_trainer.fleet import TeacherRefusedError
 from student_trainer.train import train
 from student_trainer.world import World
 from views.draw import Plan, ViewLaw

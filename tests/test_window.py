@@ -7,7 +7,7 @@ import heapq
 import numpy as np
 import pytest
 
-from student_trainer.window import FIRST, LARGEST, Window
+from student_trainer.fleet.window import FIRST, LARGEST, Window
 
 
 class Simulated:

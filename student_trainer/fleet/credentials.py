@@ -15,7 +15,7 @@ from pathlib import Path
 
 import grpc
 
-from student_trainer.addresses import Place
+from student_trainer.fleet.addresses import Place
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 """Largest request or answer: 256 MiB, as the server has it."""

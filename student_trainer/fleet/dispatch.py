@@ -33,12 +33,12 @@ from typing import Any
 import grpc
 
 from protos import teacher_pb2 as pb
-from student_trainer import addresses
-from student_trainer.addresses import Addresses
-from student_trainer.answer import Part, Reading, TeacherError, TeacherRefusedError, TeachersGoneError, read
-from student_trainer.credentials import Credentials
-from student_trainer.replica import Flight, Replica, Verdict, judge, push_back_s
-from student_trainer.roster import Roster
+from student_trainer.fleet import addresses
+from student_trainer.fleet.addresses import Addresses
+from student_trainer.fleet.answer import Part, Reading, TeacherError, TeacherRefusedError, TeachersGoneError, read
+from student_trainer.fleet.credentials import Credentials
+from student_trainer.fleet.replica import Flight, Replica, Verdict, judge, push_back_s
+from student_trainer.fleet.roster import Roster
 
 log = logging.getLogger(__name__)
 
@@ -403,5 +403,6 @@ class Dispatcher:
         if part.done:
             return
         part.done = True
-        log.error("request %s is given up: %s", part.request.request_id, error)
-        part.answer.fail(type(error)(f"{error} (request {part.request.request_id})"))
+        request_id = part.request.request_id
+        log.error("request %s is given up: %s", request_id, error, extra={"request_id": request_id})
+        part.answer.fail(type(error)(f"{error} (request {request_id})"))

@@ -17,7 +17,7 @@ import pytest
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import to_message
-from student_trainer.teacher_client import Fleet, TeacherRefusedError, TeachersGoneError
+from student_trainer.fleet import Fleet, TeacherRefusedError, TeachersGoneError
 from views.draw import Plan, ViewLaw
 from views.setting import FixedViews
 from views.view import Rows
@@ -380,7 +380,7 @@ def test_without_hedging_nothing_is_sent_twice():
 @pytest.fixture
 def name(monkeypatch):
     """A name that stands for what the test says."""
-    monkeypatch.setattr("student_trainer.addresses.LOOK_UP_EVERY_S", 0.1)
+    monkeypatch.setattr("student_trainer.fleet.addresses.LOOK_UP_EVERY_S", 0.1)
     known: set[str] = set()
 
     def look_up(_name, _port):
@@ -454,7 +454,7 @@ def test_a_fleet_says_how_it_does():
 
 def test_a_run_that_waits_says_so_and_what_each_replica_said(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("student_trainer.dispatch._SAY_AFTER_S", 0.3)
+    monkeypatch.setattr("student_trainer.fleet.dispatch._SAY_AFTER_S", 0.3)
     with serving(ScriptedTeacher()) as address:
         teachers = fleet(address)
         teachers.ask(batch()).result()

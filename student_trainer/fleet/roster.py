@@ -20,10 +20,10 @@ from typing import Any
 import grpc
 
 from protos import teacher_pb2 as pb
-from student_trainer.addresses import Addresses, Place
-from student_trainer.answer import Part, TeacherError, TeacherRefusedError
-from student_trainer.credentials import Credentials
-from student_trainer.replica import Replica, Verdict, judge
+from student_trainer.fleet.addresses import Addresses, Place
+from student_trainer.fleet.answer import Part, TeacherError, TeacherRefusedError
+from student_trainer.fleet.credentials import Credentials
+from student_trainer.fleet.replica import Replica, Verdict, judge
 
 log = logging.getLogger(__name__)
 
@@ -182,4 +182,7 @@ class Roster:
                 return
             well = kind in ("answered", "serves") or kind.startswith("stands for")
             request = f" (request {about.request.request_id})" if about else ""
-            log.log(logging.INFO if well else logging.WARNING, "teacher %s: %s%s", target, words, request)
+            log.log(
+                logging.INFO if well else logging.WARNING, "teacher %s: %s%s", target, words, request,
+                extra={"request_id": about.request.request_id} if about else None,
+            )  # fmt: skip

@@ -20,10 +20,10 @@ import grpc
 
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
-from student_trainer.addresses import Place
-from student_trainer.answer import Part
-from student_trainer.credentials import Credentials
-from student_trainer.window import SMALLEST, Window
+from student_trainer.fleet.addresses import Place
+from student_trainer.fleet.answer import Part
+from student_trainer.fleet.credentials import Credentials
+from student_trainer.fleet.window import SMALLEST, Window
 
 _BACK_OFF_S = 0.2, 5.0  # first and longest rest of a failed replica
 _SMOOTH = 0.25  # weight of the newest answer

@@ -22,16 +22,14 @@ from numpy.typing import NDArray
 
 from protos import teacher_pb2 as pb
 from protos.arrays import to_message
-from student_trainer import addresses
-from student_trainer.addresses import Addresses
-from student_trainer.answer import Answer, Audit, Part, TeacherError, TeacherRefusedError, TeachersGoneError
-from student_trainer.credentials import Credentials
-from student_trainer.dispatch import Dispatcher, FleetState
+from student_trainer.fleet import addresses
+from student_trainer.fleet.addresses import Addresses
+from student_trainer.fleet.answer import Answer, Part, TeacherError, TeacherRefusedError
+from student_trainer.fleet.credentials import Credentials
+from student_trainer.fleet.dispatch import Dispatcher, FleetState
 from views.setting import Average
 from views.view import Rows
 from views.wire import Transport, ask_by_reference, ask_encoded, ask_for_mean, ask_pixels
-
-__all__ = ["Answer", "Audit", "Fleet", "FleetState", "TeacherError", "TeacherRefusedError", "TeachersGoneError"]
 
 _FEWEST_ROWS = 16  # of a part that was cut smaller only so that every replica has one
 
