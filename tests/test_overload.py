@@ -157,20 +157,20 @@ def test_what_nobody_waits_for_is_neither_rendered_nor_run(server, channel, ask,
     desk = server._desk
     stub = pb_grpc.TeacherStub(channel)
     rendered, launched = [], []
-    views, run = desk.pictures.views, desk.batcher._run
+    render, run = desk.pictures._render, desk.batcher._run
     rendering, model = threading.Semaphore(0), threading.Semaphore(0)
 
-    def counted_views(question, digest):
+    def counted_render(question, part, index):
         rendered.append(len(question.lam))
         rendering.acquire(timeout=20)
-        return views(question, digest)
+        return render(question, part, index)
 
     def counted_run(parts):
         launched.extend(part.stop - part.start for part in parts)
         model.acquire(timeout=20)
         return run(parts)
 
-    monkeypatch.setattr(desk.pictures, "views", counted_views)
+    monkeypatch.setattr(desk.pictures, "_render", counted_render)
     desk.batcher._run = counted_run
 
     in_model = stub.Predict.future(ask(1), timeout=20)

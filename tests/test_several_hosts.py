@@ -157,6 +157,7 @@ def test_a_cut_link_that_heals_changes_no_weight_of_a_run_on_two_hosts(hosts, un
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 
+@pytest.mark.suite
 def test_a_rank_that_dies_is_started_again_on_all_hosts_from_the_last_checkpoint(
     hosts, undisturbed, tiny_data, tmp_path
 ):
