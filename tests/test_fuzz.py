@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -225,7 +226,7 @@ def damaged(draw: Draw, honest: list[bytes]) -> Message:
             request = pb.PredictRequest()
             try:
                 request.ParseFromString(message)
-            except Exception:  # it was damaged before: damage the bytes again
+            except DecodeError:  # it was damaged before: damage the bytes again
                 message = flip_bit(draw, message)
                 continue
             one_of(draw, OF_FIELDS)(draw, request)
