@@ -23,7 +23,7 @@ from torch.nn import functional
 from data_prep.index import Index
 from models import ModelCard
 from student_trainer.config import Config
-from student_trainer.fleet import TeacherError, TeachersGoneError
+from student_trainer.fleet import TeacherError
 from student_trainer.loader import Batch, Lesson, Source, run_ahead
 from student_trainer.loss import agreement, kl_divergence, one_teacher
 from student_trainer.teachers import LiveTeacher
@@ -145,8 +145,8 @@ class Evaluation:
         except TeacherError as error:
             gone = error
         student.train()
-        if (words := self._world.any_words(None if gone is None else str(gone))) is not None:
-            raise gone or TeachersGoneError(words)
+        if someones := self._world.any_error(gone):
+            raise gone or someones
         return score.result(self._world)
 
     def _count(self, score: Score, student: nn.Module) -> None:

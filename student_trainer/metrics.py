@@ -1,20 +1,30 @@
 """One JSON line per step in RUN/metrics.jsonl, and the same numbers for TensorBoard in RUN/tensorboard.
 
 The file is the record of the run: append-only, flushed line by line, read by report.py and by anyone's
-`jq`. Only rank 0 writes one. What is measured, and when, is the loop's business.
+`jq`. Only rank 0 writes one. What is measured, and when, is the loop's business. A disk that is full ends no run:
+what found no room waits in memory, and is written when there is some.
 
 Rejected: one file per kind of line. Train and evaluation lines interleave by step, as they happened.
+Rejected: torch's SummaryWriter. Its thread dies of a full disk, with the events that it held.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 Number = float | int | None
@@ -41,24 +51,32 @@ class Metrics:
             _drop_lines_after(path, resumed_step)
         elif path.exists() and path.stat().st_size:
             raise ValueError(f"{path} is another run's record: resume that run or choose another folder")
-        self._file = path.open("a", encoding="utf-8")
-        # A line that no step can write again stands above the purge; TensorBoard hides the rest.
-        purge = None if resumed_step is None else resumed_step + 1
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self._lines = _Appender(path)
+        (run_dir / "tensorboard").mkdir(exist_ok=True)
+        # A name that no earlier start of this run has used, and that sorts after theirs.
+        self._events = _Appender(run_dir / "tensorboard" / f"events.out.tfevents.{time.time_ns()}")
+        self._board = RecordWriter(self._events)
+        self._event(file_version="brain.Event:2")
+        if resumed_step is not None:  # TensorBoard hides what an earlier start wrote of this step and later ones
+            self._event(step=resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, numbers: Mapping[str, Number]) -> None:
-        """Append one line and flush it. Numbers that are not finite become null, which JSON has a word for."""
+        """Append one line, at once. Numbers that are not finite become null, which JSON has a word for."""
         finite = {name: _finite(number) for name, number in numbers.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, number in finite.items():
-            if number is not None:
-                self._board.add_scalar(name if "/" in name else f"train/{name}", number, step)
+        self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n")
+        points = [
+            Summary.Value(tag=name if "/" in name else f"train/{name}", simple_value=number)
+            for name, number in finite.items() if number is not None
+        ]  # fmt: skip
+        self._event(step=step, summary=Summary(value=points))
 
     def close(self) -> None:
         """Close both files; what was written stays."""
-        self._file.close()
-        self._board.close()
+        self._lines.close()
+        self._events.close()
+
+    def _event(self, **fields: Any) -> None:
+        self._board.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def __enter__(self) -> Metrics:
         return self
@@ -67,6 +85,34 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _Appender:
+    """A file that is written at its end, without a buffer of ours; bytes that find no room wait for some."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._is_full = False
+
+    def write(self, data: bytes) -> None:
+        self._waiting += data
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]  # a full disk may take a part
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if not self._is_full:
+                log.error("no room on the disk of %s: what belongs there waits in memory until there is", self._path)
+        self._is_full = bool(self._waiting)
+
+    def close(self) -> None:
+        self.write(b"")
+        if self._waiting:
+            log.error("still no room on the disk of %s: its last %d bytes are lost", self._path, len(self._waiting))
+        self._file.close()
 
 
 def read(run_dir: Path) -> list[dict[str, Number]]:

@@ -48,7 +48,12 @@ class Target(Protocol):
     """One teacher's logits for a batch, perhaps still under way."""
 
     def result(self) -> NDArray[np.float32]:
-        """Wait for the logits [R, num_classes]."""
+        """Wait for the logits [R, num_classes].
+
+        Raises:
+            TeacherError: the teachers cannot answer.
+            StoreGoneError: a fixed teacher's store cannot be reached.
+        """
 
     def audit(self) -> Audit | None:
         """What the teacher vouched for, where it was asked to."""
@@ -142,10 +147,13 @@ class FixedTeacher:
         """The fixed views of samples [N]: N * num_views rows."""
         return self._views.rows(samples, self._index.height, self._index.width)
 
-    def ask(self, step: int, rows: Rows, pictures: Pictures) -> _Kept:
+    def ask(self, step: int, rows: Rows, pictures: Pictures) -> Target:
         """The constants of the rows' own samples. What is absent, damaged or evicted is computed again."""
         samples = rows.sample[: len(rows)]
-        logits, found = self._get(samples)
+        try:
+            logits, found = self._get(samples)
+        except StoreGoneError as error:
+            return _Gone(error)
         missing = np.unique(samples[~found])
         answer = None
         if len(missing):
@@ -257,6 +265,23 @@ class _Kept:
 
     def audit(self) -> Audit | None:
         """None: what is kept was rendered long ago."""
+        return None
+
+
+class _Gone:
+    """No answer: whoever waits for it is told why, when it is wanted, as with an answer that does not come."""
+
+    recomputed = 0
+
+    def __init__(self, error: StoreGoneError) -> None:
+        self._error = error
+
+    def result(self) -> NDArray[np.float32]:
+        """Raise StoreGoneError."""
+        raise self._error
+
+    def audit(self) -> Audit | None:
+        """None."""
         return None
 
 

@@ -36,8 +36,9 @@ from student_trainer.config import FREE_ON_RESUME, Config, settings
 from student_trainer.contact_sheet import first_batch_sheet
 from student_trainer.evaluate import Evaluation
 from student_trainer.exporter import Exporter
-from student_trainer.fleet import Audit, Fleet, TeacherError, TeachersGoneError
+from student_trainer.fleet import Audit, Fleet, TeacherError
 from student_trainer.loader import Batch, Lesson, Source, run_ahead
+from student_trainer.logit_store import StoreGoneError
 from student_trainer.loss import agreement, distillation_loss, entropy, kl_divergence, mixup_cross_entropy, one_teacher
 from student_trainer.metrics import Metrics, read
 from student_trainer.optimizer import clip_gradients, make_optimizer, set_schedule
@@ -67,6 +68,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
     Raises:
         NonFiniteLossError: on all ranks, before the update.
         TeacherError: nobody answers, or the teachers refuse; on all ranks, with a checkpoint of where they were.
+        StoreGoneError: the store of a fixed teacher is gone; likewise.
         ValueError: settings that do not fit each other or the checkpoint.
     """
     with contextlib.ExitStack() as cleanup:
@@ -263,7 +265,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
             if batch.targets:
                 try:
                     answers = [torch.from_numpy(target.result()) for target in batch.targets]
-                except TeacherError as error:
+                except (TeacherError, StoreGoneError) as error:
                     # The others are in this step's collectives, or will be: go there too, with zeros, and say it there.
                     gone = error
                     answers = [torch.zeros(len(batch.rows), num_classes)] * len(batch.targets)
@@ -412,7 +414,7 @@ def _fill(teacher: FixedTeacher, audit: ViewAudit, samples: range, world: World,
     gone = None
     try:
         filled = teacher.fill(samples, world, lambda: stop.received, check)
-    except TeacherError as error:
+    except (TeacherError, StoreGoneError) as error:
         gone = error
     _end_together(world, gone)
     counts = torch.tensor([filled.there_already, filled.computed, int(filled.stopped)], device=world.device)
@@ -426,11 +428,10 @@ def _fill(teacher: FixedTeacher, audit: ViewAudit, samples: range, world: World,
     return bool(stopped == 0)
 
 
-def _end_together(world: World, gone: TeacherError | None) -> None:
-    """Raise, on all ranks, if the teachers are gone for one of them. All ranks must call it."""
-    words = world.any_words(None if gone is None else str(gone))
-    if words is not None:
-        raise gone or TeachersGoneError(words)
+def _end_together(world: World, gone: Exception | None) -> None:
+    """Raise, on all ranks, if one of them has no targets. All ranks must call it."""
+    if someones := world.any_error(gone):
+        raise gone or someones
 
 
 def _write_facts(

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -82,13 +83,16 @@ class World:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def any_words(self, words: str | None) -> str | None:
-        """What a rank has to say that all must know: the first rank's words that has any, on every rank."""
+    def any_error(self, error: E | None) -> E | None:
+        """What went wrong on a rank and concerns all: the first rank's error that has one, on every rank.
+
+        Its class takes a sentence and nothing else.
+        """
         if not self.connected:
-            return words
-        said: list[str | None] = [None] * self.size
-        dist.all_gather_object(said, words)
-        return next((one for one in said if one is not None), None)
+            return error
+        told: list[tuple[type[E], str] | None] = [None] * self.size
+        dist.all_gather_object(told, (type(error), str(error)) if error else None)
+        return next((kind(words) for kind, words in filter(None, told)), None)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -21,6 +21,7 @@ import pytest
 
 from conftest import photograph, serve
 from data_prep.prepare import prepare
+from student_trainer.checkpoint import load_latest
 from student_trainer.config import Config, DataConfig, OptimConfig, StudentConfig, TeacherConfig
 from student_trainer.logit_store import StoreGoneError
 from student_trainer.train import train
@@ -172,14 +173,20 @@ def stop_at_step(server, config: Config, step: int) -> threading.Thread:
     return thread
 
 
-def test_redis_gone_while_training_stops_the_run_with_a_sentence(data, tiny_model, redis_server, tmp_path):
+def test_redis_gone_while_training_stops_the_run_with_a_sentence_and_a_checkpoint(
+    data, tiny_model, redis_server, tmp_path, undisturbed
+):
     with serve((tiny_model, data)) as (address,):
         config = a_run(data, address, redis_server.url, tmp_path / "run")
         stopper = stop_at_step(redis_server, config, 5)
         with pytest.raises(StoreGoneError, match=r"the logit store unix://.*cannot be used.*Start it again"):
             train(config, World())
         stopper.join()
-    assert 5 <= len(lines(config)) < STEPS
+        assert 5 <= len(lines(config)) < STEPS
+        assert load_latest(config.run_dir)["step"] == len(lines(config)), "of the step that could not be made"
+        redis_server.start()  # and empty
+        train(config, World())
+    assert losses(config) == undisturbed
 
 
 def test_redis_gone_while_training_changes_no_target_where_the_teacher_may_be_asked(

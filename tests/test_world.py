@@ -22,6 +22,9 @@ with join("cpu") as world:
     assert world.all_mean(ours).tolist() == [1.5, 15.0]
     assert ours.tolist() == [1.0 * (world.rank + 1), 10.0 * (world.rank + 1)]
     assert world.broadcast_object({"rank": world.rank}) == {"rank": 0}
+    assert world.any_error(None) is None
+    trouble = world.any_error(OSError("of rank 1") if world.rank else None)
+    assert type(trouble) is OSError and str(trouble) == "of rank 1"
     world.barrier()
 
     score = Score(world.device, with_teacher=False)
@@ -52,6 +55,8 @@ def test_without_torchrun_the_world_is_one_process_and_collectives_are_identitie
         assert world.is_main
         assert world.all_mean(torch.tensor([2.0])).tolist() == [2.0]
         assert world.broadcast_object("value") == "value"
+        assert world.any_error(None) is None
+        assert str(world.any_error(KeyError("mine"))) == "'mine'"
         assert not torch.distributed.is_initialized()
 
 
