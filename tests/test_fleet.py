@@ -14,6 +14,7 @@ import grpc
 import numpy as np
 import pytest
 
+from conftest import wait_until
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import to_message
@@ -409,13 +410,6 @@ def test_a_replica_that_a_name_begins_to_stand_for_gets_rows_and_one_it_does_not
             assert first.answered_rows == until_then
             assert teachers.state().rows == 40 * 50
     assert first.answered_rows + second.answered_rows == 40 * 50, "what was under way was finished, and taken once"
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_fleet_of_64_replicas_shares_the_rows_evenly():

@@ -17,7 +17,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from conftest import free_port
+from conftest import free_port, plain_rows
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import from_message
@@ -25,7 +25,6 @@ from teacher_server.config import Config
 from teacher_server.model import broken_device
 from teacher_server.server import Server, create_server
 from teacher_server.watchdog import Watchdog
-from views.view import Rows
 from views.wire import ask_pixels
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,14 +52,7 @@ BREAKS = "raise RuntimeError('CUDA error: unspecified launch failure')"
 
 def ask(fingerprint: str, num_rows: int = 3, seed: int = 0, request_id: str = "") -> pb.PredictRequest:
     pixels = np.random.default_rng(seed).integers(0, 256, (num_rows, SIZE, SIZE, 3), dtype=np.uint8)
-    rows = Rows(
-        sample=np.arange(num_rows),
-        box=np.tile(np.int32([0, 0, 9, 9]), (num_rows, 1)),
-        flip=np.zeros(num_rows, np.bool_),
-        partner=np.arange(num_rows, dtype=np.int32),
-        lam=np.ones(num_rows, np.float32),
-    )
-    request = ask_pixels(rows, pixels)
+    request = ask_pixels(plain_rows(num_rows), pixels)
     request.fingerprint, request.request_id = fingerprint, request_id
     return request
 

@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import pytest
 
+from conftest import plain_rows, wait_until
 from data_prep.index import Index
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
@@ -24,7 +25,6 @@ from teacher_server import admission
 from teacher_server.config import Config
 from teacher_server.server import Server, create_server
 from teacher_server.shares import Shares
-from views.view import Rows
 from views.wire import ask_by_reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,26 +54,12 @@ def ask(server: Server, tiny_data: Path) -> Callable[..., pb.PredictRequest]:
     index = Index.open(tiny_data)
 
     def make(num_rows: int, client: str = "", request_id: str = "") -> pb.PredictRequest:
-        rows = Rows(
-            sample=np.arange(num_rows) % len(index),
-            box=np.tile(np.int32([0, 0, 30, 30]), (num_rows, 1)),
-            flip=np.zeros(num_rows, np.bool_),
-            partner=np.arange(num_rows, dtype=np.int32),
-            lam=np.ones(num_rows, np.float32),
-        )
-        request = ask_by_reference(rows, index.digest)
+        request = ask_by_reference(plain_rows(num_rows, side=30), index.digest)
         request.fingerprint = server._desk.description.fingerprint
         request.client, request.request_id = client, request_id
         return request
 
     return make
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def pushback_ms(error: grpc.RpcError) -> int:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import scipy.io
 import webdataset
 from PIL import Image, ImageOps
 
+from conftest import wait_until
 from data_prep.check import check
 from data_prep.index import Index
 from data_prep.layouts import split_of_path
@@ -279,7 +279,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_one_starts_ov
     options = ["--short-side", "32", "--pictures-per-shard", "4", "--workers", "2"]
     command = [sys.executable, "-m", "data_prep.prepare", "folder", "--source", source, "--out", out, *options]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
-        wait_for(lambda: len(list(partial.glob("set/*.tar"))) >= 4 or run.poll() is not None)
+        wait_until(lambda: len(list(partial.glob("set/*.tar"))) >= 4 or run.poll() is not None)
         assert run.poll() is None, run.stdout.read()
         with pytest.raises(ValueError, match=r"another run is at work in .*out.partial"):
             make("folder", source, out)
@@ -287,18 +287,11 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_one_starts_ov
         run.send_signal(signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL
     assert not out.exists() and not list(partial.rglob("dataset.json"))
-    wait_for(lambda: not any(alive(int(child)) for child in children))
+    wait_until(lambda: not any(alive(int(child)) for child in children))
 
     again = prepare("folder", source, out, short_side=32, pictures_per_shard=4, workers=1, progress=False)
     assert len(again) == 160 and not partial.exists()
     assert check(out, workers=1, progress=False) == []
-
-
-def wait_for(happened, timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 def alive(pid: int) -> bool:

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from conftest import plain_rows
 from data_prep.index import Index
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import from_message
 from teacher_server import events as events_room
 from teacher_server.main import main
-from views.view import Rows
 from views.wire import ask_by_reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,14 +78,7 @@ def events(log: Path) -> dict[str, dict]:
 
 def question(tiny_data: Path, num_rows: int, fingerprint: str) -> pb.PredictRequest:
     index = Index.open(tiny_data)
-    rows = Rows(
-        sample=np.arange(num_rows) % len(index),
-        box=np.tile(np.int32([0, 0, 30, 30]), (num_rows, 1)),
-        flip=np.zeros(num_rows, np.bool_),
-        partner=np.arange(num_rows, dtype=np.int32),
-        lam=np.ones(num_rows, np.float32),
-    )
-    request = ask_by_reference(rows, index.digest)
+    request = ask_by_reference(plain_rows(num_rows, side=30), index.digest)
     request.fingerprint = fingerprint
     return request
 

@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 import models
 import reference_render
+from conftest import wait_until
 from data_prep.index import Index
 from decoded_files import files_decoded
 from protos import teacher_pb2 as pb
@@ -626,13 +627,6 @@ def renderers_held(server: Server) -> Iterator[None]:
     finally:
         for renderer in held:
             pool.put(renderer)
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def pushback_ms(error: grpc.RpcError) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from conftest import plain_rows
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from teacher_server import events
@@ -23,7 +24,6 @@ from teacher_server.config import Config
 from teacher_server.events import Repeated
 from teacher_server.metrics import Metrics, MetricsPort
 from teacher_server.server import Server, create_server
-from views.view import Rows
 from views.wire import ask_pixels
 
 NAMES = {  # what the dashboards ask for; gpu_memory_bytes is absent without a GPU
@@ -62,12 +62,7 @@ def server(config: Config) -> Iterator[Server]:
 
 
 def request(server: Server, num_rows: int, client: str = "run") -> pb.PredictRequest:
-    rows = Rows(
-        sample=np.arange(num_rows), box=np.tile(np.int32([0, 0, 9, 9]), (num_rows, 1)),
-        flip=np.zeros(num_rows, np.bool_), partner=np.arange(num_rows, dtype=np.int32),
-        lam=np.ones(num_rows, np.float32),
-    )  # fmt: skip
-    asked = ask_pixels(rows, np.zeros((num_rows, 32, 32, 3), np.uint8))
+    asked = ask_pixels(plain_rows(num_rows), np.zeros((num_rows, 32, 32, 3), np.uint8))
     asked.fingerprint, asked.client = server._desk.description.fingerprint, client
     return asked
 
