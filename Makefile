@@ -1,4 +1,4 @@
-# make install | check | test | demo   (see README.md)
+# make install | check | test | demo | bench   (see README.md)
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
@@ -58,6 +58,10 @@ study: .venv/installed ## the consistency study on Flowers102: all view settings
 		--run-dir $(STUDY)/teacher $(if $(WEIGHTS),--student.weights $(WEIGHTS)) $(if $(EPOCHS),--optim.epochs $(EPOCHS))
 	$(BIN)/python -m benchmarks.study --data runs/data/flowers102 --teacher $(STUDY)/teacher/model.safetensors \
 		--out $(STUDY) $(if $(EPOCHS),-- --optim.epochs $(EPOCHS))
+
+.PHONY: bench
+bench: .venv/installed ## every figure of docs/performance.md on this machine, as a table and in runs/bench.json (half an hour)
+	$(BIN)/python -m benchmarks.bench
 
 .PHONY: lock
 lock: .venv/installed ## resolve requirements.lock anew from pyproject.toml
