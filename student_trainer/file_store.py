@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from student_trainer.logit_store import Counts, StoreGoneError, StoreKey, pack, unpack_all
+from student_trainer.logit_store import Counts, StoreGoneError, StoreKey, pack_records, unpack_records
 
 
 class FileStore:
@@ -51,13 +51,12 @@ class FileStore:
 
     def get(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """See LogitStore."""
-        return unpack_all(self._key, samples, [record.tobytes() for record in self._records[samples]], self.counts)
+        return unpack_records(self._key, samples, self._records[samples], self.counts)  # a copy: checked, then read
 
     def put(self, samples: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         """See LogitStore."""
         try:
-            for sample, one in zip(samples.tolist(), logits, strict=True):
-                value = pack(self._key, sample, one)
+            for sample, value in zip(samples.tolist(), pack_records(self._key, samples, logits), strict=True):
                 if os.pwrite(self._file, value, sample * len(value)) != len(value):
                     raise OSError(errno.ENOSPC, "only a part was written", str(self.path))
                 self.counts.written += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from student_trainer.logit_store import (
     pack,
     redacted,
     unpack,
+    unpack_all,
 )
 from views.setting import ViewSetting
 
@@ -104,6 +106,30 @@ def test_a_flipped_bit_anywhere_is_found_and_counted():
     assert counts == Counts(damaged=8 * len(value))
     assert unpack(key, 5, value[:-1], counts) is None
     assert unpack(key, 5, value, counts) is not None
+
+
+def test_values_of_stores_that_were_filled_before_are_read():
+    """Written by hand from the layout: header, little-endian data, keyed BLAKE2b of both."""
+    key, logits = make_key(dtype="float16"), logits_of(np.array([5]))[0]
+    body = b"FL\x01\x01" + (7).to_bytes(4, "little") + logits.astype("<f2").tobytes()
+    salt = bytes.fromhex(key.digest) + (5).to_bytes(8, "little")
+    value = body + hashlib.blake2b(body, digest_size=8, key=salt).digest()
+    counts = Counts()
+    np.testing.assert_array_equal(unpack(key, 5, value, counts), logits)
+    assert pack(key, 5, logits) == value
+    assert key.digest == "ffb90eefa9ee2cc39a01db617c659af9"
+
+
+def test_sound_damaged_and_absent_values_of_one_batch_are_told_apart():
+    key, samples = make_key(), np.array([3, 900, 3, 17, 18, 19, 20])
+    values: list[bytes | None] = [pack(key, int(sample), logits_of(np.array([sample]))[0]) for sample in samples]
+    values[1], values[3], values[4] = None, values[3][:-1], values[0]
+    values[5], values[6] = bytes(key.value_bytes), bytes(3)
+    counts = Counts()
+    logits, found = unpack_all(key, samples, values, counts)
+    assert found.tolist() == [True, False, True, False, False, False, False]
+    assert counts == Counts(found=2, absent=3, damaged=2)
+    np.testing.assert_array_equal(logits, np.where(found[:, None], logits_of(samples), 0))
 
 
 def test_a_value_half_old_and_half_new_is_damaged():
