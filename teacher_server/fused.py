@@ -23,15 +23,15 @@ _Carried = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """Between two blocks: a tensor, or two that are still to be added."""
 
 
-def fuse(module: nn.Module) -> bool:
+def fuse(module: Any) -> bool:
     """Fuse a BiT in place, its convolutions folded and in half, its norms in float32. Anything else is left alone.
 
     Returns whether it was one.
     """
     if not _is_bit(module):
         return False
-    for stage in module.stages:  # type: ignore[union-attr]
-        stage.blocks = nn.Sequential(*map(_Block, stage.blocks))  # type: ignore[union-attr,arg-type]
+    for stage in module.stages:
+        stage.blocks = nn.Sequential(*map(_Block, stage.blocks))
     module.norm = _Norm(module.norm)
     return True
 
@@ -52,7 +52,8 @@ class _Norm(nn.Module):
         how = self.weight, self.bias, self.num_groups, self.eps
         if isinstance(carried, torch.Tensor):
             return carried, group_norm_relu(carried, *how)
-        return add_group_norm_relu(*carried, *how)  # type: ignore[return-value]
+        whole, normed = add_group_norm_relu(*carried, *how)
+        return whole, normed
 
 
 class _Block(nn.Module):
@@ -73,7 +74,7 @@ class _Block(nn.Module):
         return shortcut, branch
 
 
-def _is_bit(module: nn.Module) -> bool:
+def _is_bit(module: Any) -> bool:
     if not isinstance(module, ResNetV2):
         return False
     blocks = [block for stage in module.stages for block in stage.blocks]

@@ -4,9 +4,9 @@ Half precision in and out in channels_last, statistics and arithmetic in float32
 before it is looked at, as it would be if it were stored. Each program owns some whole groups of one picture: no atomic
 operation, one order of summation, so that a row's bits depend on nothing but the row.
 
-Bytes: torch 2.14 reorders channels_last to NCHW and back around its GroupNorm, and an addition before it and a ReLU after it
-read and write everything again. Here memory is read once (the second time it comes from the L2 cache, where a
-program's share of a picture fits) and written once.
+Bytes: around its GroupNorm torch 2.14 reorders channels_last to NCHW and back, and an addition before it and a ReLU
+after it read and write everything again. Here memory is read once (the second time it comes from the L2 cache, where
+a program's share of a picture fits) and written once.
 
 The sums are of differences to the channel's first pixel, or a mean that is large beside the deviation would drown it.
 Rejected: Welford's running form. It divides for each element, and the threads must be merged all the same.
@@ -24,7 +24,7 @@ from triton import language as tl
 
 _LANES = 64  # channels of a program: 128 bytes, a line of the cache
 _ELEMENTS = 8192  # of a tile, 32 for each thread
-_WARPS = 8
+WARPS = 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -137,22 +137,20 @@ def _launch(
     weight: torch.Tensor, bias: torch.Tensor, num_groups: int, eps: float,
 ) -> None:  # fmt: skip
     num_pictures, channels, height, width = x.shape
-    group = channels // num_groups
-    padded = triton.next_power_of_2(group)
-    groups = _groups_of_a_program(num_groups, padded)
     pixels = height * width
-    tile = min(triton.next_power_of_2(pixels), max(1, _ELEMENTS // (groups * padded)))
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        _add_norm_relu[(num_pictures * num_groups // groups,)](
-            x, x if branch is None else branch, total, out, weight, bias, pixels, eps,
-            ADDS=branch is not None, CHANNELS=channels, GROUP=group, PADDED=padded, GROUPS=groups, TILE=tile,
-            num_warps=_WARPS,
+    split = sizes(channels, num_groups, pixels, adds=branch is not None)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        _add_norm_relu[(num_pictures * num_groups // split["GROUPS"],)](
+            x, x if branch is None else branch, total, out, weight, bias, pixels, eps, **split, num_warps=WARPS
         )  # fmt: skip
 
 
-def _groups_of_a_program(num_groups: int, padded: int) -> int:
-    """The largest power of two that divides the groups and leaves a program _LANES channels at most."""
+def sizes(channels: int, num_groups: int, pixels: int, *, adds: bool) -> dict[str, int | bool]:
+    """How the work is divided: the kernel's constants."""
+    group = channels // num_groups
+    padded = triton.next_power_of_2(group)
     groups = 1
     while num_groups % (2 * groups) == 0 and 2 * groups * padded <= _LANES:
         groups *= 2
-    return groups
+    tile = min(triton.next_power_of_2(pixels), max(1, _ELEMENTS // (groups * padded)))
+    return {"ADDS": adds, "CHANNELS": channels, "GROUP": group, "PADDED": padded, "GROUPS": groups, "TILE": tile}

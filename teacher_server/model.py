@@ -5,8 +5,8 @@ every forward pass has the same padded shape, so the same kernels run; cudnn doe
 (`benchmark` chooses by the clock, and another choice means other last bits); TF32 is off (float32 means
 float32; half precision is where the speed is). The start-up gate measures that it holds (gate.py).
 
-Half precision is made by hand and not by autocast, which would cast all weights anew for each batch:
-convolutions, matrices and everything else in half; norms in float32, statistics and all; the head in float32.
+On CUDA that shape is recorded and replayed (replay.py). In half precision (frozen.py) a BiT has its additions, norms
+and ReLUs fused (fused.py), and any other network is compiled; in float32, which is there to compare with, neither.
 
 Legend: R rows, V views, S pixels a side, K classes, B rows of a padded batch.
 """
@@ -16,30 +16,30 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.layers.std_conv import StdConv2d
 from torch import nn
-from torch.nn import functional
 
 import models
 from models import ModelCard
 from teacher_server.batcher import Part
 from teacher_server.config import Config, Precision
+from teacher_server.frozen import fold_standardisation, halve
+from teacher_server.replay import Replay
 from teacher_server.ticket import DeviceError
 from views.mix import mix
 
 _BROKEN = re.compile(r"CUDA (runtime API |driver API )?error|CUDA allocation failed|cuDNN error", re.IGNORECASE)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DEFAULT_BATCH_ROWS = {"cpu": 32, "cuda": 128}
-# modules/batchnorm.py keeps its base class private; these are what is public of it.
-_NORMS = nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.RMSNorm
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -65,6 +65,26 @@ class Scene:
         partner = torch.arange(num_rows, 2 * num_rows)
         return mix(self.pixels[views], partner, self.lam[start:stop], card.mean, card.std)
 
+    def rows_on(self, device: torch.device, start: int, stop: int, card: ModelCard) -> torch.Tensor:
+        """The same, mixed on a CUDA device: each view crosses once, as uint8, without stopping the current stream."""
+        used, place = self.seen_by(start, stop)
+        if self.pixels.device.type == "cpu":
+            staged = torch.empty((len(used), *self.pixels.shape[1:]), dtype=torch.uint8, pin_memory=True)
+            pixels = _uploaded(torch.index_select(self.pixels, 0, used, out=staged), device)
+        else:
+            pixels = self.pixels[_uploaded(used, device)]
+        num_rows = stop - start
+        partner = torch.arange(num_rows, 2 * num_rows, device=device)
+        views, lam = pixels[_uploaded(place, device)], _uploaded(self.lam[start:stop], device)
+        return mix(views, partner, lam, card.mean, card.std)
+
+    def seen_by(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The views that rows start..stop-1 need, each once; and where among them are theirs, then their partners'."""
+        used, place = torch.unique(
+            torch.cat([torch.arange(start, stop), self.partner[start:stop]]), return_inverse=True
+        )  # fmt: skip
+        return used, place
+
 
 class Teacher:
     """A frozen network on its device, in its precision, with a fixed batch shape."""
@@ -80,19 +100,20 @@ class Teacher:
         module = module.eval().requires_grad_(False)
         fold_standardisation(module)
         if precision != "float32":
-            _to_half(module, _DTYPES[precision])
+            halve(module, _DTYPES[precision])
         module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._dtype = _DTYPES[precision]
-        # One static shape, so one compilation, paid before the first request. On the CPU it would need a C++
-        # compiler on the serving machine, and convolutions, which it does not touch, are the cost there.
-        self._forward: Any = torch.compile(module, dynamic=False) if device.type == "cuda" else module
         self._module = module
+        self._forward = _made_fast(module) if device.type == "cuda" and precision != "float32" else module
+        self._replay: Replay | None = None
 
     @torch.inference_mode()
     def logits(self, rows_NCHW: torch.Tensor) -> torch.Tensor:
         """Float32 [R, K] of at most batch_rows mixed, normalised rows [R, 3, S, S]."""
         assert not self._module.training, "somebody called .train() on a frozen teacher"
         num_rows, *shape = rows_NCHW.shape
+        if self.device.type == "cuda":
+            return self._recorded(shape).logits(rows_NCHW)
         batch = torch.zeros(
             (self.batch_rows, *shape), dtype=self._dtype, device=self.device
         ).contiguous(memory_format=torch.channels_last)  # fmt: skip
@@ -106,14 +127,56 @@ class Teacher:
         Raises:
             DeviceError: the device is broken.
         """
-        try:
-            rows = torch.cat([part.payload.rows(part.start, part.stop, self.card).to(self.device) for part in parts])
-            logits: NDArray[np.float32] = self.logits(rows).cpu().numpy()
-        except Exception as error:
-            if (how := broken_device(error)) is None:
-                raise
-            raise DeviceError(how) from error
-        return logits
+        return self.begin(parts)()
+
+    @torch.inference_mode()
+    def begin(self, parts: Sequence[Part[Scene]]) -> Callable[[], NDArray[np.float32]]:
+        """Put a batch on its way; what is returned waits for the answer. On CUDA the next may be begun before.
+
+        Raises:
+            DeviceError: the device is broken; so does what is returned.
+        """
+        with _naming_broken_device():
+            if self.device.type == "cuda":
+                _, size, _, channels = parts[0].payload.pixels.shape
+                wait = self._recorded((channels, size, size)).begin(
+                    lambda: [part.payload.rows_on(self.device, part.start, part.stop, self.card) for part in parts]
+                )
+                return _naming_broken_device()(wait)
+            rows = torch.cat([part.payload.rows(part.start, part.stop, self.card) for part in parts])
+            logits: NDArray[np.float32] = self.logits(rows).numpy()
+        return lambda: logits
+
+    def _recorded(self, shape: Sequence[int]) -> Replay:
+        """The first call records, which is paid before the first request: by the gate."""
+        if self._replay is None:
+            self._replay = Replay(self._forward, (self.batch_rows, *shape), self._dtype, self.device)
+        return self._replay
+
+
+def _made_fast(module: nn.Module) -> Any:
+    """What to call on CUDA in half precision. On the CPU convolutions are the cost, which no compiler touches."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":  # Triton needs a C compiler as well
+        return module
+    from teacher_server.fused import fuse  # Triton is not everywhere where torch is
+
+    return module if fuse(module) else torch.compile(module, dynamic=False)
+
+
+@contextmanager
+def _naming_broken_device() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if (how := broken_device(error)) is None:
+            raise
+        raise DeviceError(how) from error
+
+
+def _uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a CPU tensor, in the order of the current stream."""
+    pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
 
 
 def broken_device(error: BaseException) -> str | None:
@@ -180,69 +243,6 @@ def be_reproducible(num_threads: int) -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
-def fold_standardisation(module: nn.Module) -> int:
-    """Replace each weight-standardised convolution by a plain one that holds the standardised weights.
-
-    The weights are standardised once, in float32, by the very call that timm makes in every forward pass, with
-    the layer's own eps, so float32 logits do not change by a bit. Returns how many were replaced.
-    """
-    found = [
-        (parent, name, child)
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if type(child) is StdConv2d
-    ]
-    for parent, name, child in found:
-        setattr(parent, name, _folded(child))
-    return len(found)
-
-
 def fingerprint(facts: dict[str, Any]) -> str:
     """Hex digest of all that can change a logit; equal fingerprints mean interchangeable teachers."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _folded(conv: Any) -> nn.Conv2d:
-    weight = conv.weight.detach().float()
-    standardised = functional.batch_norm(
-        weight.reshape(1, conv.out_channels, -1), None, None, training=True, momentum=0.0, eps=conv.eps
-    )
-    shape = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
-    plain = nn.Conv2d(*shape, bias=conv.bias is not None, device="meta")
-    plain.weight = nn.Parameter(standardised.reshape_as(weight), requires_grad=False)
-    plain.bias = conv.bias
-    return plain.eval()
-
-
-def _to_half(module: nn.Module, dtype: torch.dtype) -> None:
-    """Everything in dtype, but norms and the head in float32."""
-    module.to(dtype)
-    for child in module.modules():
-        if isinstance(child, _NORMS):
-            child.float()
-            child.register_forward_pre_hook(_input_to(torch.float32))
-            child.register_forward_hook(_output_to(dtype))
-    for head in _heads(module):
-        head.float()
-        head.register_forward_pre_hook(_input_to(torch.float32))
-
-
-def _heads(module: nn.Module) -> list[nn.Module]:
-    """The classifier, or the classifiers of nets that have two (distilled transformers)."""
-    head = module.get_classifier()  # type: ignore[operator]
-    return [head] if isinstance(head, nn.Module) else list(head)
-
-
-def _input_to(dtype: torch.dtype) -> Any:
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        first, *others = inputs
-        return first.to(dtype), *others
-
-    return hook
-
-
-def _output_to(dtype: torch.dtype) -> Any:
-    def hook(_module: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        return output.to(dtype)
-
-    return hook
