@@ -142,7 +142,7 @@ def pack_records(key: StoreKey, samples: NDArray[np.int64], logits: NDArray[np.f
     records = np.empty((len(samples), body_bytes + _CHECKSUM_BYTES), np.uint8)
     records[:, : _HEADER.size] = _header(key, num_classes)
     records[:, _HEADER.size : body_bytes] = logits.astype(dtype).view(np.uint8)
-    records[:, body_bytes:] = _checksums(key, samples, records)
+    records[:, body_bytes:] = checksums(key, samples, records)
     return records
 
 
@@ -180,7 +180,7 @@ def unpack_records(
     """
     body_bytes = key.value_bytes - _CHECKSUM_BYTES
     found = (records[:, : _HEADER.size] == _header(key, key.num_classes)).all(axis=1)
-    found &= (records[:, body_bytes:] == _checksums(key, samples, records)).all(axis=1)
+    found &= (records[:, body_bytes:] == checksums(key, samples, records)).all(axis=1)
     bad = records[~found]
     num_damaged = int(bad.any(axis=1).sum())  # a hole of a file reads as zeros
     counts.found += len(records) - len(bad)
@@ -207,7 +207,7 @@ def _header(key: StoreKey, num_classes: int) -> NDArray[np.uint8]:
     return np.frombuffer(_HEADER.pack(_MAGIC, _CODES[key.dtype], 1, num_classes), np.uint8)
 
 
-def _checksums(key: StoreKey, samples: NDArray[np.int64], records: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def checksums(key: StoreKey, samples: NDArray[np.int64], records: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """What each record's last bytes should be [N, _CHECKSUM_BYTES]."""
     salt, flat = bytes.fromhex(key.digest), memoryview(records.reshape(-1))
     size = records.shape[1]
