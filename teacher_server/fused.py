@@ -77,7 +77,8 @@ class _Block(nn.Module):
 def _is_bit(module: Any) -> bool:
     if not isinstance(module, ResNetV2):
         return False
-    blocks = [block for stage in module.stages for block in stage.blocks]
+    stages: Any = module.stages
+    blocks = [block for stage in stages for block in stage.blocks]
     return all(isinstance(block, PreActBottleneck) for block in blocks) and all(
         isinstance(norm, GroupNormAct) and isinstance(norm.act, nn.ReLU)
         for norm in [module.norm, *(getattr(block, f"norm{i}") for block in blocks for i in (1, 2, 3))]
