@@ -35,15 +35,22 @@ def check_outline(message: bytes, kind: type[Message], max_things: int) -> None:
     try:
         while todo:
             place, end, within = todo.pop()
+            fields = within.fields_by_number
             while place < end:
                 left -= 1
-                tag, place = _varint(message, place)
-                wire, known = tag & 7, within.fields_by_number.get(tag >> 3)
+                tag = message[place]
+                place += 1
+                if tag >= 0x80:
+                    tag, place = _varint(message, place - 1)
+                wire, known = tag & 7, fields.get(tag >> 3)
                 length = 0
                 if wire == _VARINT:
                     _, place = _varint(message, place)
                 elif wire == _BYTES:
-                    length, place = _varint(message, place)
+                    length = message[place]
+                    place += 1
+                    if length >= 0x80:
+                        length, place = _varint(message, place - 1)
                 elif wire in (_FIXED32, _FIXED64):
                     length = 4 if wire == _FIXED32 else 8
                 else:

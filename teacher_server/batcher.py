@@ -176,7 +176,8 @@ class Batcher(Generic[P]):
         with self._changed:
             self._rows.give(ticket.client, ticket.num_rows)
             self._tickets.remove(ticket)
-            self._changed.notify_all()
+            if self._closing:  # else the thread would wake up to find nothing to do
+                self._changed.notify_all()
 
     def _work(self) -> None:
         while True:

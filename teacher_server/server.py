@@ -118,6 +118,11 @@ class Server:
         """
         began = time.monotonic()
         loaded = load_teacher(self._config)
+        self.serve(loaded, time.monotonic() - began)
+        return loaded.description
+
+    def serve(self, loaded: Loaded, load_s: float = 0.0) -> None:
+        """Serve what is loaded already; it took so many seconds."""
         self._desk = desk = self._make_desk(loaded)
         self._watchdog = Watchdog(
             stall_s=self._config.stall_s,
@@ -128,8 +133,7 @@ class Server:
         )
         self._service.open(desk)
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        _log_start(self.address, self.metrics_address, loaded, time.monotonic() - began)
-        return loaded.description
+        _log_start(self.address, self.metrics_address, loaded, load_s)
 
     def _make_desk(self, loaded: Loaded) -> Desk:
         teacher, description = loaded.teacher, loaded.description

@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from protos import teacher_pb2 as pb
-from protos.arrays import to_message
+from protos.arrays import all_finite, to_message
 from protos.outline import check_outline
 from teacher_server.admission import MAX_MESSAGE_BYTES, Admission
 from teacher_server.batcher import Batcher
@@ -48,7 +48,7 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Teacher"].full_name
 _MAX_ID_CHARACTERS = 128
 _OTHER_PARTS = 1000  # of a message, beside a picture for each view; ours have about a hundred
 _FAILURES_UNTIL_BROKEN = 3  # in a row: a model that fails every batch does not recover inside this process
-
+_ONE_THREAD = 2**15  # elements: from twice as many on, torch converts them on several
 _QUIET_S = 0.04
 
 _STATUS = {
@@ -197,7 +197,7 @@ class TeacherService:
             partner = torch.from_numpy(question.partner.astype(np.int64))
             ticket.submit(Scene(pixels, partner, torch.from_numpy(question.lam.copy())))
             answers = averaged(ticket.result(), question.mean_of, question.average)
-            logits = answers.astype(wire_dtype(description.precision), copy=False)
+            logits = travelling(answers, wire_dtype(description.precision))
         _check_finite(logits, question)
         reply = pb.PredictReply(
             request_id=caller.request_id, fingerprint=description.fingerprint, logits=to_message(logits)
@@ -293,6 +293,22 @@ def averaged(logits: NDArray[np.float32], mean_of: int, average: Average) -> NDA
     return mean_GK.numpy()
 
 
+def travelling(logits: NDArray[np.float32], dtype: type[np.float16] | type[np.float32]) -> NDArray[Any]:
+    """The logits as they are sent; what is too large for half precision becomes infinite.
+
+    torch's conversion, as exact as numpy's, which takes 200 us for 64,000 numbers and torch's 15; in pieces that torch
+    does not hand to other threads, of which each handler would get a set of its own.
+    """
+    if logits.dtype == dtype:
+        return logits
+    half = torch.empty(logits.shape, dtype=torch.float16)
+    pieces = zip(half.view(-1).split(_ONE_THREAD), torch.from_numpy(logits).reshape(-1).split(_ONE_THREAD), strict=True)
+    for to, source in pieces:
+        to.copy_(source)
+    numbers: NDArray[np.float16] = half.numpy()
+    return numbers
+
+
 def _checked(request: pb.PredictRequest, description: pb.Description) -> Question:
     if request.fingerprint != description.fingerprint:
         raise NotHereError(
@@ -323,9 +339,8 @@ def _checked(request: pb.PredictRequest, description: pb.Description) -> Questio
 
 
 def _check_finite(logits: NDArray[Any], question: Question) -> None:
-    finite = np.isfinite(logits).all(axis=1)
-    if not finite.all():
-        row = int(np.argmin(finite)) * question.mean_of
+    if not all_finite(logits):
+        row = int(np.argmin(np.isfinite(logits).all(axis=1))) * question.mean_of
         raise Refusal(
             grpc.StatusCode.INTERNAL,
             f"{question.name(row)}: the logits are not finite in {logits.dtype}; serve with --precision float32",

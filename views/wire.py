@@ -59,7 +59,7 @@ class Question:
 
     def without_pictures(self) -> Question:
         """The same without what its pictures or pixels weigh, for when they have been rendered."""
-        return replace(self, encoded=(), pixels=None)
+        return self if self.transport == "reference" else replace(self, encoded=(), pixels=None)
 
     def name(self, view: int) -> str:
         """What to call a view in an error: its row, and its sample where known."""

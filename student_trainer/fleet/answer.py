@@ -27,7 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos import teacher_pb2 as pb
-from protos.arrays import from_message
+from protos.arrays import all_finite, from_message
+
+_ONE_THREAD = 2**15  # elements: from twice as many on, torch converts them on several
 
 
 class TeacherError(RuntimeError):
@@ -99,13 +101,14 @@ class Answer:
         with self._changed:
             return self._changed.wait_for(lambda: not self._missing or self._error is not None, timeout=within_s)
 
-    def fill(self, start: int, logits: NDArray[np.float32], audit: Audit | None) -> None:
+    def fill(self, start: int, logits: NDArray[np.float16] | NDArray[np.float32], audit: Audit | None) -> None:
         """Take the logits of one part. To be called once a part."""
+        _copy(logits, self._logits[start : start + len(logits)])  # parts do not overlap: not under the lock
         with self._changed:
-            self._logits[start : start + len(logits)] = logits
             self._audit = audit or self._audit
             self._missing -= 1
-            self._changed.notify_all()
+            if not self._missing:
+                self._changed.notify_all()
 
     def fail(self, error: TeacherError) -> None:
         """Make result() raise."""
@@ -145,7 +148,8 @@ class Part:
 class Reading:
     """What an answer says, once it is known to be one."""
 
-    logits: NDArray[np.float32]
+    logits: NDArray[np.float16] | NDArray[np.float32]
+    """As they were sent, read-only."""
     audit: Audit | None
 
 
@@ -162,7 +166,7 @@ def read(part: Part, reply: pb.PredictReply, description: pb.Description) -> Rea
         raise ValueError(f"its fingerprint is {reply.fingerprint[:64]!r}, asked was {sent.fingerprint}")
     dtype = np.float16 if reply.logits.dtype == pb.Array.FLOAT16 else np.float32
     logits = from_message(reply.logits, "logits", dtype, (part.num_answers, description.num_classes))
-    if not np.isfinite(logits).all():
+    if not all_finite(logits):
         bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
         raise ValueError(f"logits of {len(bad)} of {len(logits)} rows are not finite, the first in row {bad[0]}")
     audit = None
@@ -173,4 +177,20 @@ def read(part: Part, reply: pb.PredictReply, description: pb.Description) -> Rea
             size = description.rendering.size
             pixels = from_message(reply.audit_pixels, "audit_pixels", np.uint8, (part.num_audits, size, size, 3))
         audit = Audit(digests, pixels)
-    return Reading(logits.astype(np.float32), audit)
+    return Reading(logits, audit)
+
+
+def _copy(logits: NDArray[np.float16] | NDArray[np.float32], to: NDArray[np.float32]) -> None:
+    """Exact, as numpy does it, which takes 140 us for 64,000 numbers in half precision, and torch 14.
+
+    In pieces that torch does not hand to other threads: gRPC's would wait for them, 25 ms where the cores are busy.
+    """
+    if logits.dtype == np.float32:
+        to[:] = logits
+        return
+    import torch  # here: clients that are no students read this room too, and would wait two seconds for it
+
+    bits = torch.from_numpy(logits.view(np.uint8).copy()).view(torch.float16)
+    source, target = bits.view(-1).split(_ONE_THREAD), torch.from_numpy(to).view(-1).split(_ONE_THREAD)
+    for piece, where in zip(source, target, strict=True):
+        where.copy_(piece)

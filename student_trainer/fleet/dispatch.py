@@ -121,6 +121,7 @@ class Dispatcher:
         self._said = 0.0
         self._retries = self._hedges = self._rows = 0
         self._closed = self._hurries = False
+        self._no_room = False  # nobody may have one more part until something else changes
         self._thread = threading.Thread(target=self._run, name="dispatch", daemon=True)
         self._thread.start()
         self._roster.watch(look_up)
@@ -148,7 +149,8 @@ class Dispatcher:
             if not self._waiting and not self._flights:
                 self._asked = time.monotonic()  # until now there was nothing to answer
             bisect.insort(self._waiting, part)
-            self._changed.notify_all()
+            if not self._no_room:
+                self._changed.notify_all()
 
     def check_patience(self, asked: float = 0.0, more_s: float = 0.0) -> None:
         """Raise TeachersGoneError when nobody has answered for too long.
@@ -226,7 +228,7 @@ class Dispatcher:
                 self._send(flight)
 
     def _assign(self, now: float) -> list[Flight]:
-        flights = []
+        flights: list[Flight] = []
         while free := [replica for replica in self._roster.serving() if replica.has_room(now)]:
             for part in self._waiting:
                 if able := [replica for replica in free if self._may_try(part, replica)]:
@@ -235,6 +237,7 @@ class Dispatcher:
                 break
             self._waiting.remove(part)
             flights.append(self._start(part, min(able, key=Replica.expected_s), now))
+        self._no_room = not free
         return flights
 
     def _may_try(self, part: Part, replica: Replica) -> bool:
