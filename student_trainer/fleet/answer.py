@@ -93,13 +93,18 @@ class Answer:
             raise self._error
         return self._logits
 
+    @property
+    def is_there(self) -> bool:
+        """Whether result() would not wait."""
+        return not self._missing or self._error is not None
+
     def audit(self) -> Audit | None:
         """What the teacher vouched for, where the batch was audited; after result()."""
         return self._audit
 
     def _ended(self, within_s: float) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: not self._missing or self._error is not None, timeout=within_s)
+            return self._changed.wait_for(lambda: self.is_there, timeout=within_s)
 
     def fill(self, start: int, logits: NDArray[np.float16] | NDArray[np.float32], audit: Audit | None) -> None:
         """Take the logits of one part. To be called once a part."""
