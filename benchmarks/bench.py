@@ -1,8 +1,8 @@
 """`make bench`: every figure of docs/performance.md on this machine, as one table and as JSON.
 
 Each benchmark runs in a process of its own, one after the other, so that none inherits another's threads or memory.
-One that fails is said to have failed, and the others go on; exit code 1 then. A goal that is missed is a row of the
-table, not a failure.
+One that fails is said to have failed, what it had measured stays, and the others go on; exit code 1 then. A goal that
+is missed is a row of the table, not a failure.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ BENCHMARKS = ("gpu", "service", "step", "loader", "draw", "wire", "logit_store",
 """Modules beside this one, in the order of the table as far as it goes."""
 
 
-def run(name: str, *, quick: bool) -> list[figure.Figure] | None:
-    """The figures of one benchmark, or None if it failed; what it prints is shown while it runs."""
+def run(name: str, *, quick: bool) -> tuple[list[figure.Figure], bool]:
+    """The figures of one benchmark, and whether it came to its end; what it prints is shown while it runs."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
         command = [sys.executable, "-m", f"benchmarks.{name}", f"--json={file}", *(["--quick"] if quick else [])]
         done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.DEVNULL, check=False)
-        return list(figure.read(file)) if done.returncode == 0 else None
+        return list(figure.read(file)) if file.exists() else [], done.returncode == 0
 
 
 def main() -> None:
@@ -42,14 +42,15 @@ def main() -> None:
     if unknown := set(asked.only) - set(BENCHMARKS):
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     where = figure.machine()
-    figures, failed = [], []
+    figures: list[figure.Figure] = []
+    failed: list[str] = []
     for name in asked.only or BENCHMARKS:
         print(f"== {name}", file=sys.stderr, flush=True)
-        measured = run(name, quick=asked.quick)
-        figures += measured or []
-        failed += [name] if measured is None else []
+        measured, ended_well = run(name, quick=asked.quick)
+        figures += measured
+        failed += [] if ended_well else [name]
     figures.sort(key=lambda one: int(one.row))
-    print("\n".join(figure.table(figures)))
+    print("\n".join([*figure.table(figures), "", *figure.notes(figures), ""]))
     print(", ".join(f"{name} {fact}" for name, fact in where.items()))
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     record = {

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 Goal = tuple[Literal[">=", "<="], float]
 _NONE = "-"
+_BAR = r"\|"  # inside a cell
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,15 @@ def table(figures: Iterable[Figure]) -> Iterator[str]:
         reached = {True: f"yes: {_say(one.judged)}", False: f"**no**: {_say(one.judged)}", None: ""}[one.met]
         value = f"{_say(one.value)} {one.unit}" if one.value is not None else f"not measured: {one.note}"
         floor = _say(one.floor) if one.floor is not None else ""
-        yield f"| {one.row} | {one.name} | {value} | {beside} | {floor} | {goal} | {reached} |"
+        cells = one.row, one.name, value, beside, floor, goal, reached
+        yield f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |"
+
+
+def notes(figures: Iterable[Figure]) -> Iterator[str]:
+    """A line for each figure that has something to add: how its floor was computed, what was tried where it misses."""
+    for one in figures:
+        if one.note and one.value is not None:
+            yield f"* {one.row}, {one.name}: {one.note}"
 
 
 def machine() -> dict[str, Any]:
@@ -82,19 +91,21 @@ def machine() -> dict[str, Any]:
     }
 
 
-def present(measure: Measure, description: str | None) -> None:
-    """The command of one benchmark: print its figures, and write them as JSON if asked to."""
+def present(measure: Measure, description: str | None, args: Sequence[str] | None = None) -> None:
+    """The command of one benchmark: print its figures, and write them as JSON if asked to, before an error too."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="seconds, to see that it runs; the figures mean little")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    asked = parser.parse_args()
-    figures = []
-    for figure in measure(asked.quick):
-        figures.append(figure)
-        print(f"{figure.name}: {_say(figure.value)} {figure.unit}", file=sys.stderr, flush=True)
-    print("\n".join(table(figures)))
-    if asked.json:
-        asked.json.write_text(json.dumps([dataclasses.asdict(one) for one in figures], indent=1) + "\n")
+    asked = parser.parse_args(args)
+    figures: list[Figure] = []
+    try:
+        for figure in measure(asked.quick):
+            figures.append(figure)
+            print(f"{figure.name}: {_say(figure.value)} {figure.unit}", file=sys.stderr, flush=True)
+    finally:
+        if asked.json:
+            asked.json.write_text(json.dumps([dataclasses.asdict(one) for one in figures], indent=1) + "\n")
+    print("\n".join([*table(figures), "", *notes(figures)]))
 
 
 def read(file: Path) -> Sequence[Figure]:

@@ -1,0 +1,276 @@
+"""Row 12: what a cost does when the work grows: `python -m benchmarks.growth [--plot docs/images/growth.png]`.
+
+    pictures   10^3 to 10^9: planning and drawing a batch of 4096 rows, its time and its memory
+    classes    10 to 21,843: a request of 64 rows through the real service, whose model answers at once; its bytes; loss
+    replicas   1 to 64 teachers of 40 rows a second each (benchmarks/fleet.py): rows a second of the fleet
+    ranks      1 to 4 processes over gloo: the collective that the loop adds to a step, beside that of the gradients
+
+Sizes take turns, so that a busy moment is no point of a curve. Judged is the slope in log-log (benchmarks/curve.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import cast
+
+import grpc
+import numpy as np
+import torch
+
+from benchmarks import blank, echo, figure, fleet
+from benchmarks.curve import AS_MUCH_MORE, FLAT, LINEAR, Curve, draw
+from benchmarks.figure import Figure
+from protos import teacher_pb2 as pb
+from protos import teacher_pb2_grpc as pb_grpc
+from student_trainer.loss import distillation_loss
+from student_trainer.world import join
+from teacher_server.config import Config
+from teacher_server.gate import Report
+from teacher_server.loading import Loaded
+from teacher_server.model import Teacher
+from teacher_server.server import Server
+from views.draw import Plan, ViewLaw
+from views.view import Rows
+from views.wire import ask_by_reference
+
+_PICTURES = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
+_CLASSES = (10, 100, 1000, 10_000, 21_843)
+_REPLICAS = (1, 4, 16, 64)
+_RANKS = (1, 2, 4)
+_BATCH, _REQUEST, _SHARE = 4096, 64, 256
+_RATE = 40.0  # rows a second of one replica
+_NUMBERS = 9  # of a step that ranks share
+_GRADIENTS = 25_557_032  # parameters of a ResNet-50
+
+
+def measure(quick: bool) -> Iterator[Figure]:
+    """All curves, as figures."""
+    for curve in curves(quick):
+        yield curve.figure()
+
+
+def curves(quick: bool) -> Iterator[Curve]:
+    """Measure."""
+    yield from by_pictures(3 if quick else 40)
+    yield from by_classes(3 if quick else 40)
+    yield by_replicas(_REPLICAS[:2] if quick else _REPLICAS, 0.5 if quick else 8.0)
+    yield by_ranks(_RANKS[:2] if quick else _RANKS, 5 if quick else 300)
+
+
+def in_turns(work: Mapping[int, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> list[float]:
+    """Milliseconds of each size's work, the median of so many rounds, after one that warms up."""
+    times: dict[int, list[float]] = {size: [] for size in work}
+    for number in range(rounds + 1):
+        for size, run in work.items():
+            began = clock()
+            run()
+            if number:
+                times[size].append(1000 * (clock() - began))
+    return [statistics.median(times[size]) for size in work]
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------
+
+
+def plan_of(num_pictures: int) -> Plan:
+    """Of pictures that are all of one size: a column that takes no memory, where a real one lies in a file."""
+    height, width = np.broadcast_to(np.int32(375), num_pictures), np.broadcast_to(np.int32(500), num_pictures)
+    return Plan(seed=0, batch_size=_BATCH, law=ViewLaw(), samples=range(num_pictures), height=height, width=width)
+
+
+def by_pictures(rounds: int) -> Iterator[Curve]:
+    """Time and memory of a batch's rows."""
+    plans = {size: plan_of(size) for size in _PICTURES}
+    # The first batch of the second epoch: its order has never been looked at.
+    work = {size: lambda plan=plan, size=size: plan.rows(size // _BATCH + 1) for size, plan in plans.items()}
+    shared = {"by": "pictures", "sizes": _PICTURES, "goal": FLAT}
+    yield Curve(
+        name=f"plan and draw {_BATCH} rows",
+        unit="ms of CPU",
+        values=in_turns(work, rounds, time.process_time),
+        **shared,
+    )  # type: ignore[arg-type]
+    yield Curve(
+        name=f"memory of {_BATCH} rows", unit="MB at most", values=[peak_mb(run) for run in work.values()], **shared
+    )  # type: ignore[arg-type]
+
+
+def peak_mb(run: Callable[[], object]) -> float:
+    """The most that is allocated at once."""
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()
+
+
+# ---- classes -------------------------------------------------------------------------------------------------
+
+
+class _AnswersLie(blank._Instant):
+    """A network of so many classes."""
+
+    def __init__(self, num_classes: int) -> None:
+        self._logits = echo.some_logits(self.batch_rows, num_classes)
+
+
+def server_of(num_classes: int) -> Server:
+    """The real service; pictures are blank, and answers lie ready."""
+    server = Server(Config(model="echo", address="127.0.0.1:0", device="cpu"))
+    server.bind()
+    report = Report(num_images=0, finite=True, max_difference=0, mean_kl=0, agreement_top1=1, batch_invariant=True)
+    server.serve(
+        Loaded(
+            description=echo.description(num_classes), pictures=blank._Blank(blank.imagenet_sized()),
+            teacher=cast(Teacher, _AnswersLie(num_classes)), report=report,
+        )
+    )  # fmt: skip
+    return server
+
+
+def some_rows() -> Rows:
+    """Of one request."""
+    height, width = np.full(echo.NUM_SAMPLES, echo.HEIGHT, np.int32), np.full(echo.NUM_SAMPLES, echo.WIDTH, np.int32)
+    samples = range(echo.NUM_SAMPLES)
+    plan = Plan(seed=0, batch_size=_REQUEST, law=ViewLaw(), samples=samples, height=height, width=width)
+    return plan.rows(3)
+
+
+def by_classes(rounds: int) -> Iterator[Curve]:
+    """A request, from the call to the numbers, and the loss of a rank's share."""
+    request = ask_by_reference(some_rows(), echo.DIGEST)
+    request.fingerprint = echo.FINGERPRINT
+    servers = {size: server_of(size) for size in _CLASSES}
+    try:
+        options = [("grpc.max_receive_message_length", 2**26)]
+        channels = {size: grpc.insecure_channel(server.address, options=options) for size, server in servers.items()}
+        stubs = {size: pb_grpc.TeacherStub(channel) for size, channel in channels.items()}  # type: ignore[no-untyped-call]
+        replies = {size: stub.Predict(request) for size, stub in stubs.items()}
+        for size, reply in replies.items():
+            _check(reply, size)
+        work = {size: lambda stub=stub: stub.Predict(request) for size, stub in stubs.items()}
+        shared = {"by": "classes", "sizes": _CLASSES, "goal": LINEAR}
+        yield Curve(
+            name=f"request of {_REQUEST} rows", unit="ms", values=in_turns(work, rounds, time.perf_counter),
+            note="client and server in one process", **shared,
+        )  # type: ignore[arg-type]  # fmt: skip
+        yield Curve(
+            name=f"reply to {_REQUEST} rows", unit="kB", values=[reply.ByteSize() / 1000 for reply in replies.values()],
+            **shared,
+        )  # type: ignore[arg-type]  # fmt: skip
+        for channel in channels.values():
+            channel.close()
+    finally:
+        for server in servers.values():
+            server.drain()
+    losses = {size: _loss_of(size) for size in _CLASSES}
+    yield Curve(name=f"loss of {_SHARE} rows", unit="ms", values=in_turns(losses, rounds, time.perf_counter), **shared)  # type: ignore[arg-type]
+
+
+def _check(reply: pb.PredictReply, num_classes: int) -> None:
+    right = echo.some_logits(blank._Instant.batch_rows, num_classes)[:_REQUEST].astype(np.float16)
+    if reply.logits.data != right.tobytes():
+        raise RuntimeError(f"the service of {num_classes} classes answered other logits than its model")
+
+
+def _loss_of(num_classes: int) -> Callable[[], None]:
+    student = torch.randn(_SHARE, num_classes, requires_grad=True)
+    teacher = torch.randn(1, _SHARE, num_classes)
+
+    def run() -> None:
+        student.grad = None
+        distillation_loss(student, teacher, 1.0).backward()  # type: ignore[no-untyped-call]
+
+    return run
+
+
+# ---- replicas ------------------------------------------------------------------------------------------------
+
+
+def by_replicas(sizes: tuple[int, ...], seconds: float) -> Curve:
+    """Rows a second of our fleet."""
+    values = []
+    for size in sizes:
+        with fleet.teachers(*[_RATE] * size) as addresses, fleet.fleet_of(addresses) as ours:
+            fleet.keep_asking(ours, seconds / 2)  # windows find their size
+            before, began = ours.state().rows, time.monotonic()
+            fleet.keep_asking(ours, seconds)
+            values.append((ours.state().rows - before) / (time.monotonic() - began))
+    return Curve(
+        name=f"a fleet of {_RATE:.0f} rows/s each", by="replicas", unit="rows/s", sizes=sizes, values=values,
+        goal=AS_MUCH_MORE, beside="its sum", alternative=sizes[-1] * _RATE,
+        note="teachers that pause share these cores with the fleet",
+    )  # fmt: skip
+
+
+# ---- ranks ---------------------------------------------------------------------------------------------------
+
+
+def by_ranks(sizes: tuple[int, ...], rounds: int) -> Curve:
+    """Milliseconds of the loop's own collective, and of the gradients'."""
+    own, gradients = zip(*(time_ranks(size, rounds) for size in sizes), strict=True)
+    return Curve(
+        name="the loop's collective of a step", by="ranks", unit="ms", sizes=sizes, values=own, goal=LINEAR,
+        fitted=min(1, len(sizes) - 2), beside="the gradients' of a ResNet-50", alternative=gradients[-1],
+        note="gloo on one machine; one rank waits for nobody, so the slope is from 2 ranks on",
+    )  # fmt: skip
+
+
+def time_ranks(size: int, rounds: int) -> tuple[float, float]:
+    """What rank 0 of so many processes measures."""
+    context = multiprocessing.get_context("spawn")
+    answers: SimpleQueue[tuple[float, float]] = context.SimpleQueue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [context.Process(target=_rank, args=(rank, size, port, rounds, answers)) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        if rank.exitcode:
+            raise RuntimeError(f"a rank of {size} ended with exit code {rank.exitcode}")
+    return answers.get()
+
+
+def _rank(rank: int, size: int, port: int, rounds: int, answers: SimpleQueue[tuple[float, float]]) -> None:
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    os.environ |= dict(zip(names, map(str, (rank, size, rank, "127.0.0.1", port)), strict=True))
+    torch.set_num_threads(1)
+    with join("cpu", timeout_s=120) as world:
+        numbers, gradients = torch.randn(_NUMBERS), torch.randn(_GRADIENTS)
+        (own,) = in_turns({size: lambda: world.all_mean(numbers)}, rounds, time.perf_counter)
+        (theirs,) = in_turns({size: lambda: world.all_sum(gradients)}, max(2, rounds // 60), time.perf_counter)
+    if rank == 0:
+        answers.put((own, theirs))
+
+
+def main() -> None:
+    """Print the figures, and draw them if asked to."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    asked, rest = parser.parse_known_args()
+    drawn: list[Curve] = []
+
+    def measured(quick: bool) -> Iterator[Figure]:
+        for curve in curves(quick):
+            drawn.append(curve)
+            yield curve.figure()
+
+    figure.present(measured, __doc__, rest)
+    if asked.plot:
+        draw(drawn, asked.plot)
+
+
+if __name__ == "__main__":
+    main()
