@@ -59,6 +59,7 @@ class Replay:
         self._main.wait_stream(caller)
         with torch.cuda.stream(self._main):
             logits = self._run([rows_NCHW.to(self._device)]).float().clone()
+        logits.record_stream(caller)  # or the main stream may take its memory while the caller still reads it
         caller.wait_stream(self._main)
         return logits
 
