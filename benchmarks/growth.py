@@ -18,6 +18,7 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import cast
@@ -37,6 +38,7 @@ from teacher_server.config import Config
 from teacher_server.gate import Report
 from teacher_server.loading import Loaded
 from teacher_server.model import Teacher
+from teacher_server.pictures import Pictures
 from teacher_server.server import Server
 from views.draw import Plan, ViewLaw
 from views.view import Rows
@@ -91,17 +93,11 @@ def by_pictures(rounds: int) -> Iterator[Curve]:
     """Time and memory of a batch's rows."""
     plans = {size: plan_of(size) for size in _PICTURES}
     # The first batch of the second epoch: its order has never been looked at.
-    work = {size: lambda plan=plan, size=size: plan.rows(size // _BATCH + 1) for size, plan in plans.items()}
-    shared = {"by": "pictures", "sizes": _PICTURES, "goal": FLAT}
-    yield Curve(
-        name=f"plan and draw {_BATCH} rows",
-        unit="ms of CPU",
-        values=in_turns(work, rounds, time.process_time),
-        **shared,
-    )  # type: ignore[arg-type]
-    yield Curve(
-        name=f"memory of {_BATCH} rows", unit="MB at most", values=[peak_mb(run) for run in work.values()], **shared
-    )  # type: ignore[arg-type]
+    work = {size: partial(plan.rows, size // _BATCH + 1) for size, plan in plans.items()}
+    curve = partial(Curve, by="pictures", sizes=_PICTURES, goal=FLAT)
+    milliseconds = in_turns(work, rounds, time.process_time)
+    yield curve(name=f"plan and draw {_BATCH} rows", unit="ms of CPU", values=milliseconds)
+    yield curve(name=f"memory of {_BATCH} rows", unit="MB at most", values=[peak_mb(run) for run in work.values()])
 
 
 def peak_mb(run: Callable[[], object]) -> float:
@@ -124,14 +120,14 @@ class _AnswersLie(blank._Instant):
         self._logits = echo.some_logits(self.batch_rows, num_classes)
 
 
-def server_of(num_classes: int) -> Server:
+def server_of(num_classes: int, pictures: Pictures) -> Server:
     """The real service; pictures are blank, and answers lie ready."""
     server = Server(Config(model="echo", address="127.0.0.1:0", device="cpu"))
     server.bind()
     report = Report(num_images=0, finite=True, max_difference=0, mean_kl=0, agreement_top1=1, batch_invariant=True)
     server.serve(
         Loaded(
-            description=echo.description(num_classes), pictures=blank._Blank(blank.imagenet_sized()),
+            description=echo.description(num_classes), pictures=pictures,
             teacher=cast(Teacher, _AnswersLie(num_classes)), report=report,
         )
     )  # fmt: skip
@@ -150,7 +146,9 @@ def by_classes(rounds: int) -> Iterator[Curve]:
     """A request, from the call to the numbers, and the loss of a rank's share."""
     request = ask_by_reference(some_rows(), echo.DIGEST)
     request.fingerprint = echo.FINGERPRINT
-    servers = {size: server_of(size) for size in _CLASSES}
+    curve = partial(Curve, by="classes", sizes=_CLASSES, goal=LINEAR)
+    pictures = blank._Blank(blank.imagenet_sized())
+    servers = {size: server_of(size, pictures) for size in _CLASSES}
     try:
         options = [("grpc.max_receive_message_length", 2**26)]
         channels = {size: grpc.insecure_channel(server.address, options=options) for size, server in servers.items()}
@@ -158,23 +156,20 @@ def by_classes(rounds: int) -> Iterator[Curve]:
         replies = {size: stub.Predict(request) for size, stub in stubs.items()}
         for size, reply in replies.items():
             _check(reply, size)
-        work = {size: lambda stub=stub: stub.Predict(request) for size, stub in stubs.items()}
-        shared = {"by": "classes", "sizes": _CLASSES, "goal": LINEAR}
-        yield Curve(
-            name=f"request of {_REQUEST} rows", unit="ms", values=in_turns(work, rounds, time.perf_counter),
-            note="client and server in one process", **shared,
-        )  # type: ignore[arg-type]  # fmt: skip
-        yield Curve(
-            name=f"reply to {_REQUEST} rows", unit="kB", values=[reply.ByteSize() / 1000 for reply in replies.values()],
-            **shared,
-        )  # type: ignore[arg-type]  # fmt: skip
+        calls = {size: partial(stub.Predict, request) for size, stub in stubs.items()}
+        yield curve(
+            name=f"request of {_REQUEST} rows", unit="ms", values=in_turns(calls, rounds, time.perf_counter),
+            note="client and server in one process",
+        )  # fmt: skip
+        kilobytes = [reply.ByteSize() / 1000 for reply in replies.values()]
+        yield curve(name=f"reply to {_REQUEST} rows", unit="kB", values=kilobytes)
         for channel in channels.values():
             channel.close()
     finally:
         for server in servers.values():
             server.drain()
     losses = {size: _loss_of(size) for size in _CLASSES}
-    yield Curve(name=f"loss of {_SHARE} rows", unit="ms", values=in_turns(losses, rounds, time.perf_counter), **shared)  # type: ignore[arg-type]
+    yield curve(name=f"loss of {_SHARE} rows", unit="ms", values=in_turns(losses, rounds, time.perf_counter))
 
 
 def _check(reply: pb.PredictReply, num_classes: int) -> None:
