@@ -1,55 +1,63 @@
-"""Planning and drawing batches, and what a row costs on the wire: `python -m benchmarks.draw`.
+"""Row 7: planning and drawing the rows of a batch, on one core: `python -m benchmarks.draw`.
 
-Beside it, the alternative that was rejected: one numpy generator per sample.
+Order, boxes, flips, partners and lambda of ImageNet's pictures, at three batch sizes; and of a billion pictures, whose
+heights and widths are views of one number. Beside it the alternative that was rejected: one numpy generator a sample,
+which draws four numbers and does nothing with them. Times are of this process's CPU, in turns.
 """
 
-import json
+from __future__ import annotations
+
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 
+from benchmarks import figure
+from benchmarks.figure import Figure
 from views.draw import Plan, ViewLaw
-from views.wire import ask_by_reference
 
-NUM_SAMPLES = 1_281_167  # ImageNet
-
-
-def milliseconds(run: Callable[[int], object], repeats: int) -> float:
-    """Median time of one call, of this process's CPU."""
-    times = []
-    for step in range(repeats):
-        start = time.process_time()
-        run(step)
-        times.append(time.process_time() - start)
-    return 1000 * statistics.median(times)
+_IMAGENET = 1_281_167
+_JUDGED, _GOAL_MS = 4096, 10.0
 
 
-def generators(batch_size: int, step: int) -> None:
-    """Make one generator per sample and draw four numbers, and nothing else."""
+def measure(quick: bool) -> Iterator[Figure]:
+    """Ours and the generators at each size."""
+    repeats = 3 if quick else 40
+    for num_pictures, batch_size in ((_IMAGENET, 64), (_IMAGENET, 512), (_IMAGENET, _JUDGED), (10**9, _JUDGED)):
+        plan = _plan(num_pictures, batch_size)
+        ours, theirs = [], []
+        for step in range(repeats):
+            ours.append(_milliseconds(partial(plan.rows, step)))
+            theirs.append(_milliseconds(partial(_generators, batch_size, step)))
+        judged = batch_size == _JUDGED
+        yield Figure(
+            row="7", name=f"rows of a step planned and drawn, {batch_size} of {num_pictures:,} pictures",
+            value=statistics.median(ours), unit="ms", beside="a numpy generator a sample",
+            alternative=statistics.median(theirs), goal=("<=", _GOAL_MS) if judged else None,
+            judged=statistics.median(ours) if judged else None,
+            note=f"CPU time of one core, medians of {repeats} steps; the generators only draw four numbers each",
+        )  # fmt: skip
+
+
+def _plan(num_pictures: int, batch_size: int) -> Plan:
+    height, width = (np.broadcast_to(np.int32(side), num_pictures) for side in (375, 500))
+    return Plan(
+        seed=0, batch_size=batch_size, law=ViewLaw(), samples=range(num_pictures), height=height, width=width
+    )  # fmt: skip
+
+
+def _generators(batch_size: int, step: int) -> None:
     for sample in range(batch_size):
         np.random.default_rng((0, 1, step, sample)).random(4)
 
 
-def main() -> None:
-    """Print one JSON line per batch size."""
-    height, width = np.full(NUM_SAMPLES, 375, np.int32), np.full(NUM_SAMPLES, 500, np.int32)
-    for batch_size in (64, 512, 4096):
-        plan = Plan(
-            seed=0, batch_size=batch_size, law=ViewLaw(), samples=range(NUM_SAMPLES), height=height, width=width
-        )
-        request = ask_by_reference(plan.rows(5), "f" * 64)
-        request.fingerprint, request.request_id = "f" * 64, "a" * 32
-        line = {
-            "batch_size": batch_size,
-            "draw_ms": round(milliseconds(plan.rows, 100), 3),
-            "numpy_generators_ms": round(milliseconds(partial(generators, batch_size), 5), 3),
-            "request_bytes_per_row": round(request.ByteSize() / batch_size, 1),
-        }
-        print(json.dumps(line))
+def _milliseconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return 1000 * (time.process_time() - start)
 
 
 if __name__ == "__main__":
-    main()
+    figure.present(measure, __doc__)
