@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import models
 from teacher_server.batcher import Part
 from teacher_server.model import Scene, Teacher
+from teacher_server.replay import Replay
 from views.mix import mix
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -36,6 +38,80 @@ def test_what_crosses_to_the_device_is_each_view_once_and_makes_the_same_rows(st
     partner = torch.arange(num_rows, 2 * num_rows)
     rows = mix(shown.pixels[used][place], partner, shown.lam[start:stop], card.mean, card.std)
     assert torch.equal(rows, shown.rows(start, stop, card))
+
+
+class Stream:
+    """Stands in for one of CUDA's: everything happens at once, and what waits for what is written down."""
+
+    said: list[str]
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def wait_stream(self, _: Stream) -> None:
+        self.said.append("wait for a stream")
+
+    def synchronize(self) -> None:
+        self.said.append("wait")
+
+
+class Event(Stream):
+    def __init__(self, *, blocking: bool) -> None:
+        assert blocking, "a core is burnt by waiting"
+
+    def record(self, _: Stream) -> None:
+        self.said.append("logits are on their way")
+
+
+class Recording:
+    """Stands in for a recorded graph: what is in the input now, through the network, into the same output."""
+
+    def __init__(self, replay: Replay) -> None:
+        self.output, self._replay = replay._output.clone(), replay
+
+    def replay(self) -> None:
+        Stream.said.append("replay")
+        self.output.copy_(self._replay._forward(self._replay._input))
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    """What replay.py asks of CUDA, without one."""
+    monkeypatch.setattr(Stream, "said", [], raising=False)
+    for name, stands_in in (("Stream", Stream), ("Event", Event)):
+        monkeypatch.setattr(torch.cuda, name, stands_in)
+    for name in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, name, Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **kinds: empty(*sizes, **kinds))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+
+    def recorded(self):
+        recording = Recording(self)
+        self._output = recording.output
+        return recording
+
+    monkeypatch.setattr(Replay, "_recorded", recorded)
+
+
+def test_a_replayed_pass_answers_as_the_network_does_whatever_the_batches_before_it_left(tiny_model, no_device):
+    module, card = models.load(tiny_model)
+    teacher = Teacher(module, card, device=torch.device("cpu"), precision="float32", batch_rows=8)
+    with torch.inference_mode():
+        replay = Replay(teacher._module, (8, 3, 32, 32), torch.float32, teacher.device)
+        first, second = scene(seed=1), scene(seed=2)
+        Stream.said.clear()
+        for batch in ([(first, 0, 8)], [(second, 3, 7), (first, 0, 2)], [(second, 0, 1)]):
+            wait = replay.begin(lambda: [shown.rows_on(teacher.device, *where, card) for shown, *where in batch])  # noqa: B023
+            answer = wait()
+            np.testing.assert_array_equal(answer, teacher.answer([Part(*rows) for rows in batch]))
+            assert Stream.said == ["wait for a stream"] * 2 + ["replay", "logits are on their way", "wait"]
+            Stream.said.clear()
+        rows = torch.randn(3, 3, 32, 32)
+        assert torch.equal(replay.logits(rows), teacher.logits(rows))
 
 
 def test_a_batch_may_be_begun_before_the_one_before_it_is_asked_for(tiny_model):
