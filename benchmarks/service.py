@@ -36,6 +36,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _ROWS = 256  # of a request
 _UNDER_WAY = 3  # requests: one on the network, one decoded, one waiting
 _CLASSES = 1000
+_PAIRS = 3
 _NETWORKS = ("resnetv2_50x1_bit", 128), ("tf_efficientnet_lite0", 224)
 """The paper's student as a teacher, and one that costs a third of it."""
 _SETTINGS = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # the server's own, for both
@@ -73,7 +74,7 @@ def _figure(index: Index, model: Path, architecture: str, size: int, quick: bool
     cores = len(os.sched_getaffinity(0))
     rows = _plan(index).rows(3, 0, _ROWS)
     costs = _costs(index, rows, size)
-    pairs, requests, seconds = (1, 1, 0.5) if quick else (3, 3, 6.0)
+    pairs, requests, seconds = (1, 1, 0.5) if quick else (_PAIRS, 3, 6.0)
     service, alone = [], []
     with _server(model, index) as address, _network_alone(model, cores) as rate_alone:
         for _ in range(pairs):

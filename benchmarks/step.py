@@ -35,12 +35,15 @@ from views.mix import mix
 from views.render import Renderer, Rendering
 from views.view import Rows
 
-_ARCHITECTURE, _SIZE, _ROWS = "resnetv2_14x05_bit", 128, 64
+_ARCHITECTURE, _SIZE, _ROWS = "resnetv2_14x05_bit", 96, 64
 _HALF = (0.5, 0.5, 0.5)
 _PREFETCH = 3  # as a run has it (student_trainer/config.py)
-_WARM_STEPS = _PREFETCH + 2  # until what was made ahead before the clock started is used up
+_WARM_STEPS = (
+    10  # until what was made ahead before the clock started is used up, and teachers are asked far enough ahead
+)
 _REPLICAS = 2
-_LATENCIES_S = 0.05, 0.5  # of a replica with room, and of one far away or busy
+_PAIRS = 5
+_LATENCIES_S = 0.05, 1.0  # of a replica with room, and of one far away or busy
 
 
 class _Ready:
@@ -92,7 +95,7 @@ class _Student:
 
 def measure(quick: bool) -> Iterator[Figure]:
     """Both in turn, for teachers near by and far away."""
-    pairs, steps, latencies_s = (1, 3, _LATENCIES_S[:1]) if quick else (8, 12, _LATENCIES_S)
+    pairs, steps, latencies_s = (1, 3, _LATENCIES_S[:1]) if quick else (_PAIRS, 12, _LATENCIES_S)
     with tempfile.TemporaryDirectory() as folder:
         index = photographs.prepared(Path(folder), 2 * _ROWS)
         for latency_s in latencies_s:

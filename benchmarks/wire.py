@@ -31,6 +31,7 @@ from views.wire import ask_by_reference, ask_pixels
 _ROWS = 64  # of a request
 _REQUESTS = 8  # of a batch
 _UNDER_WAY = 4  # calls at once
+_PAIRS = 9
 _CLIENT = "imagenet/funmatch/r152x2:runs:0123456789abcdef"  # as long as a run's name at its teachers
 
 
@@ -39,7 +40,7 @@ def measure(quick: bool) -> Iterator[Figure]:
     rows = _plan().rows(5, 0, _ROWS * _REQUESTS)
     request, reply = _messages(rows.take(0, _ROWS))
     yield from _bytes_of_messages(request, reply)
-    seconds, pairs = (0.3, 1) if quick else (2.5, 9)
+    seconds, pairs = (0.3, 1) if quick else (2.0, _PAIRS)
     with echo.serving("blank") as teacher, echo.serving("echo", "bare", str(len(reply))) as bare:
         yield from _bytes_of_a_connection(teacher, rows)
         with Fleet([teacher], data_digest=echo.DIGEST, client=_CLIENT, window=_UNDER_WAY) as fleet:

@@ -12,8 +12,11 @@ DALI is imported when the renderers are made: without it a server still answers 
 
 from __future__ import annotations
 
+import os
 import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 Turn = Callable[[int], AbstractContextManager[None]]
 """A place at work for a portion of so many pixels; entering it may wait."""
 
+_BEHIND = 10  # niceness: a tenth of a core where all cores are wanted, so that nobody starves it
 _VIEWS_AT_ONCE = 128  # of one run of the DALI graph
 _PIXELS_AT_ONCE = 2**27  # of pictures and boxes in one portion: 3 bytes each, up to 8 in a PNG of 16 bits
 
@@ -176,7 +180,28 @@ def make_renderers(
         return [], ""
     rendering = Rendering(size=size, interpolation=interpolation, antialias=antialias)  # type: ignore[arg-type]
     threads = max(1, num_threads // num)
-    return [Renderer(rendering, _VIEWS_AT_ONCE, device.index, threads) for _ in range(num)], RENDER_VERSION
+
+    def make() -> list[Renderer]:
+        return [Renderer(rendering, _VIEWS_AT_ONCE, device.index, threads) for _ in range(num)]
+
+    return (_behind_the_network(make) if device.type == "cpu" else make()), RENDER_VERSION
+
+
+def _behind_the_network(make: Callable[[], list[Renderer]]) -> list[Renderer]:
+    """Made by a thread of lower priority, which DALI's threads inherit.
+
+    On the CPU the network's threads meet after every layer: one that shares its core with a decoder keeps all others
+    waiting. So pictures are decoded where the network leaves a core, or has nothing to do. Measured on two cores with
+    EfficientNet-Lite0 at 224, 256 rows a request: 0.49 of the network's own rate without, 0.77 with it.
+    Graphs that are built later, for pictures that many views share or after a broken one, decode as others do.
+    """
+    with ThreadPoolExecutor(1, initializer=_give_way) as thread:
+        return thread.submit(make).result()
+
+
+def _give_way() -> None:
+    here = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, here, os.getpriority(os.PRIO_PROCESS, here) + _BEHIND)  # Linux: this thread alone
 
 
 @dataclass(slots=True)
