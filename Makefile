@@ -1,4 +1,4 @@
-# make install | check | test | demo | bench   (see README.md)
+# make install | check | test | docs | demo | bench   (see README.md)
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
@@ -39,6 +39,10 @@ test: .venv/installed ## all tests, on the CPU, without network
 .PHONY: suite
 suite: .venv/installed ## the long tests too: the tiny form of every recipe
 	$(BIN)/pytest -n 2 --dist worksteal -m suite
+
+.PHONY: docs
+docs: .venv/installed ## the site, into site/, with warnings as errors; without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .PHONY: demo
 demo: .venv/installed ## the main job on a small data set: prepare, train a teacher, serve it, distil it
