@@ -11,15 +11,11 @@ Sizes take turns, so that a busy moment is no point of a curve. Judged is the sl
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
-import socket
 import statistics
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import cast
 
@@ -27,13 +23,12 @@ import grpc
 import numpy as np
 import torch
 
-from benchmarks import blank, echo, figure, fleet
+from benchmarks import blank, echo, figure, fleet, ranks
 from benchmarks.curve import AS_MUCH_MORE, FLAT, LINEAR, Curve, draw
 from benchmarks.figure import Figure
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from student_trainer.loss import distillation_loss
-from student_trainer.world import join
 from teacher_server.config import Config
 from teacher_server.gate import Report
 from teacher_server.loading import Loaded
@@ -50,8 +45,6 @@ _REPLICAS = (1, 4, 16, 64)
 _RANKS = (1, 2, 4)
 _BATCH, _REQUEST, _SHARE = 4096, 64, 256
 _RATE = 40.0  # rows a second of one replica
-_NUMBERS = 9  # of a step that ranks share
-_GRADIENTS = 25_557_032  # parameters of a ResNet-50
 
 
 def measure(quick: bool) -> Iterator[Figure]:
@@ -211,43 +204,14 @@ def by_replicas(sizes: tuple[int, ...], seconds: float) -> Curve:
 # ---- ranks ---------------------------------------------------------------------------------------------------
 
 
-def by_ranks(sizes: tuple[int, ...], rounds: int) -> Curve:
+def by_ranks(sizes: tuple[int, ...], rounds: int, num_gradients: int = ranks.NUM_GRADIENTS) -> Curve:
     """Milliseconds of the loop's own collective, and of the gradients'."""
-    own, gradients = zip(*(time_ranks(size, rounds) for size in sizes), strict=True)
+    own, gradients = zip(*(ranks.milliseconds(size, rounds, num_gradients) for size in sizes), strict=True)
     return Curve(
         name="the loop's collective of a step", by="ranks", unit="ms", sizes=sizes, values=own, goal=LINEAR,
         fitted=min(1, len(sizes) - 2), beside="the gradients' of a ResNet-50", alternative=gradients[-1],
         note="gloo on one machine; one rank waits for nobody, so the slope is from 2 ranks on",
     )  # fmt: skip
-
-
-def time_ranks(size: int, rounds: int) -> tuple[float, float]:
-    """What rank 0 of so many processes measures."""
-    context = multiprocessing.get_context("spawn")
-    answers: SimpleQueue[tuple[float, float]] = context.SimpleQueue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [context.Process(target=_rank, args=(rank, size, port, rounds, answers)) for rank in range(size)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-        if rank.exitcode:
-            raise RuntimeError(f"a rank of {size} ended with exit code {rank.exitcode}")
-    return answers.get()
-
-
-def _rank(rank: int, size: int, port: int, rounds: int, answers: SimpleQueue[tuple[float, float]]) -> None:
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
-    os.environ |= dict(zip(names, map(str, (rank, size, rank, "127.0.0.1", port)), strict=True))
-    torch.set_num_threads(1)
-    with join("cpu", timeout_s=120) as world:
-        numbers, gradients = torch.randn(_NUMBERS), torch.randn(_GRADIENTS)
-        (own,) = in_turns({size: lambda: world.all_mean(numbers)}, rounds, time.perf_counter)
-        (theirs,) = in_turns({size: lambda: world.all_sum(gradients)}, max(2, rounds // 60), time.perf_counter)
-    if rank == 0:
-        answers.put((own, theirs))
 
 
 def main() -> None:
