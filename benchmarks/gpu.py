@@ -1,4 +1,4 @@
-"""All that needs a GPU, in one go within ten minutes: `python -m benchmarks.gpu --json FILE` (rows 1, 2, 3 and 5).
+"""All that needs a GPU, in one go within ten minutes: `python -m benchmarks.gpu --json FILE` (rows 1 to 5).
 
 Each part is a command of its own, in a process of its own: one that fails, hangs or spoils the device costs its own
 rows and no other's, and can be run again by itself. Parts have a share of the time each, the most important first; what
@@ -6,7 +6,7 @@ does not fit is said to be missing. After every figure all of them are in runs/g
 away takes little with it.
 
 The teachers have random weights: nothing is downloaded, and no time depends on them. Without a GPU: the rows, and no
-numbers. Row 4 has its CPU form in benchmarks/step.py.
+numbers. Rows 3 and 4 have their CPU form in benchmarks/service.py and step.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Part:
 
 def parts(quick: bool) -> list[Part]:
     """All there are; the quick ones see that everything runs, with the small network."""
-    from benchmarks import gpu_forward, gpu_run, gpu_service
+    from benchmarks import gpu_forward, gpu_run, gpu_service, gpu_step
 
     def forward(network: str, size: int, budget_s: float, *options: str) -> Part:
         command = ("gpu_forward", network, str(size), *options)
@@ -57,12 +57,13 @@ def parts(quick: bool) -> list[Part]:
     service = ("gpu_service", _LARGE, "224")
     run = ("gpu_run", _LARGE, _SMALL, "224")
     return [
-        forward(_LARGE, 224, 150, "--norm"),
-        Part(service, 100, (gpu_service.unmeasured(_LARGE, 224, ""),)),
-        forward(_SMALL, 224, 80),
-        Part(run, 160, (gpu_run.unmeasured(_LARGE, _SMALL, 224, ""),)),
-        forward(_LARGE, 384, 130),
-        forward(_LARGE, 128, 100),
+        forward(_LARGE, 224, 140, "--norm"),
+        Part(service, 90, (gpu_service.unmeasured(_LARGE, 224, ""),)),
+        forward(_SMALL, 224, 70),
+        Part(run, 150, (gpu_run.unmeasured(_LARGE, _SMALL, 224, ""),)),
+        Part(("gpu_step", _SMALL, "224"), 60, (gpu_step.unmeasured(_SMALL, 224, ""),)),
+        forward(_LARGE, 384, 120),
+        forward(_LARGE, 128, 90),
     ]
 
 

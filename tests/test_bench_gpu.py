@@ -180,12 +180,12 @@ def test_after_each_figure_all_so_far_are_in_the_file(tmp_path):
 def test_everything_together_fits_ten_minutes_with_the_most_important_first():
     budgets = [part.budget_s for part in gpu.parts(quick=False)]
     assert gpu._ALL_S < 600
-    assert sum(budgets[:4]) < gpu._ALL_S
+    assert sum(budgets[:5]) < gpu._ALL_S
     assert gpu.parts(quick=False)[0].expected[0].row == "1"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_there_are_rows_and_no_numbers():
     figures = list(gpu.measure(quick=True))
-    assert {one.row for one in figures} == {"1", "2", "3", "5"}
+    assert {one.row for one in figures} == {"1", "2", "3", "4", "5"}
     assert all((one.value, one.met, one.note) == (None, None, "no GPU on this machine") for one in figures)
