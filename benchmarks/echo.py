@@ -99,7 +99,9 @@ class _Pause(pb_grpc.TeacherServicer):
 
 def _serve_bare(num_bytes: int) -> str:
     answer = bytes(num_bytes)
-    handler = grpc.unary_unary_rpc_method_handler(lambda _request, _context: answer)
+    handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_unary_rpc_method_handler(
+        lambda _request, _context: answer
+    )
     service, method = BARE_METHOD[1:].split("/")
     server = _server()
     server.add_registered_method_handlers(service, {method: handler})

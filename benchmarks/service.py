@@ -74,7 +74,7 @@ def _figure(index: Index, model: Path, architecture: str, size: int, quick: bool
     cores = len(os.sched_getaffinity(0))
     rows = _plan(index).rows(3, 0, _ROWS)
     costs = _costs(index, rows, size)
-    pairs, requests, seconds = (1, 1, 0.5) if quick else (_PAIRS, 3, 6.0)
+    pairs, requests, seconds = (1, 1, 0.5) if quick else (_PAIRS, 2, 4.0)
     service, alone = [], []
     with _server(model, index) as address, _network_alone(model, cores) as rate_alone:
         for _ in range(pairs):

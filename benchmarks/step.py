@@ -70,7 +70,7 @@ class _Student:
     def __init__(self) -> None:
         torch.manual_seed(0)
         self._network: nn.Module = models.create(_ARCHITECTURE, echo.NUM_CLASSES)
-        self._network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self._network.to(memory_format=torch.channels_last).train()
         self._optim = OptimConfig(batch_size=_ROWS)
         self._optimizer = make_optimizer(self._network, self._optim)
 

@@ -15,7 +15,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
+import grpc
 import numpy as np
 
 from benchmarks import echo, figure
@@ -121,33 +123,34 @@ def _check_answer(fleet: Fleet, rows: Rows) -> None:
 
 def _rate_of_fleet(fleet: Fleet, rows: Rows, seconds: float) -> float:
     """Rows answered a second, with a queue in front of the fleet at all times."""
-    asked = deque(fleet.ask(rows) for _ in range(2))
-    asked.popleft().result()
-    asked.append(fleet.ask(rows))
-    began, answered = time.perf_counter(), 0
-    while (now := time.perf_counter()) - began < seconds:
+    began, answered, asked = time.perf_counter(), 0, deque([fleet.ask(rows)])
+    while time.perf_counter() - began < seconds:
+        asked.append(fleet.ask(rows))
         asked.popleft().result()
         answered += len(rows)
-        asked.append(fleet.ask(rows))
-    for answer in asked:
-        answer.result()
-    return answered / (now - began)
+    asked.popleft().result()
+    return (answered + len(rows)) / (time.perf_counter() - began)
 
 
 def _rate_of_grpc(address: str, request: bytes, num_down: int, seconds: float) -> float:
     """The same of gRPC alone: as many futures under way."""
+    free = threading.Semaphore(_UNDER_WAY)
+
+    def done(call: Any) -> None:
+        free.release()
+        assert len(call.result()) == num_down
+
     with echo.bare_channel(address) as channel:
-        call = channel.unary_unary(echo.BARE_METHOD)
-        assert len(call(request, wait_for_ready=True)) == num_down
-        free, over = threading.Semaphore(_UNDER_WAY), time.perf_counter() + seconds
+        method: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(echo.BARE_METHOD)
+        method(request, wait_for_ready=True)
         began, calls = time.perf_counter(), 0
-        while (now := time.perf_counter()) < over:
+        while time.perf_counter() - began < seconds:
             free.acquire()
-            call.future(request).add_done_callback(lambda done: (len(done.result()), free.release()))
+            method.future(request).add_done_callback(done)
             calls += 1
         for _ in range(_UNDER_WAY):
             free.acquire()
-        return calls * _ROWS / (now - began)
+        return calls * _ROWS / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

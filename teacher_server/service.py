@@ -302,8 +302,8 @@ def travelling(logits: NDArray[np.float32], dtype: type[np.float16] | type[np.fl
     if logits.dtype == dtype:
         return logits
     half = torch.empty(logits.shape, dtype=torch.float16)
-    pieces = zip(half.view(-1).split(_ONE_THREAD), torch.from_numpy(logits).reshape(-1).split(_ONE_THREAD), strict=True)
-    for to, source in pieces:
+    sources = torch.split(torch.from_numpy(logits).reshape(-1), _ONE_THREAD)
+    for to, source in zip(torch.split(half.view(-1), _ONE_THREAD), sources, strict=True):
         to.copy_(source)
     numbers: NDArray[np.float16] = half.numpy()
     return numbers

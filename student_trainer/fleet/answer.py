@@ -196,6 +196,6 @@ def _copy(logits: NDArray[np.float16] | NDArray[np.float32], to: NDArray[np.floa
     import torch  # here: clients that are no students read this room too, and would wait two seconds for it
 
     bits = torch.from_numpy(logits.view(np.uint8).copy()).view(torch.float16)
-    source, target = bits.view(-1).split(_ONE_THREAD), torch.from_numpy(to).view(-1).split(_ONE_THREAD)
+    source, target = torch.split(bits.view(-1), _ONE_THREAD), torch.split(torch.from_numpy(to).view(-1), _ONE_THREAD)
     for piece, where in zip(source, target, strict=True):
         where.copy_(piece)
