@@ -1,6 +1,7 @@
 """Weight files: a network together with what one must know to use it.
 
-What lives here: `ModelCard`, saving and loading. What does not: the naming of BiT's files (bit.py).
+What lives here: saving and loading. What does not: the card itself (card.py), the naming of BiT's files (bit.py), and
+teachers that are no torch modules (onnx_network.py).
 
 Ours is one .safetensors file whose header carries the card as JSON, so that weights and their meaning cannot be
 parted; a second file beside the weights was the alternative, and would be lost at the first copy. Pickles
@@ -11,11 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +25,13 @@ from safetensors.torch import save_file
 from timm.models import is_model_pretrained
 from torch import nn
 
-from models import bit
+from models import bit, onnx_network
 from models.architectures import check_name, create, default_cfg, zero_head
+from models.card import HEADER, ModelCard
 
-_HEADER = "funmatch"  # the key of the card among the header's metadata
 _SUFFIXES = ".safetensors", ".npz"
-_PICKLES = ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelCard:
-    """What one must know of a network to feed it and to read its answers."""
-
-    architecture: str
-    """timm's name, for `create`."""
-    num_classes: int
-    """Outputs of the head."""
-    size: int
-    """Height and width, in pixels, of the pictures that it was made for."""
-    mean: tuple[float, float, float]
-    """Subtracted from RGB on the scale 0..1 (timm's convention)."""
-    std: tuple[float, float, float]
-    """Then divided by this; positive."""
-    data_set: str = ""
-    """Name of the data set whose classes the outputs are; "" if unknown."""
-
-    def __post_init__(self) -> None:
-        if self.num_classes < 1 or self.size < 1:
-            raise ValueError(f"num_classes and size must be positive, got {self.num_classes} and {self.size}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean and std need three numbers, std positive; got {self.mean} and {self.std}")
+_PICKLES = ".pt", ".pth", ".ts", ".bin", ".ckpt", ".pkl", ".tar"
+_TIMM_SOURCES = "hf-hub:", "local-dir:"  # what timm itself puts before a name
 
 
 def save(path: str | Path, model: nn.Module, card: ModelCard) -> None:
@@ -70,7 +46,7 @@ def save(path: str | Path, model: nn.Module, card: ModelCard) -> None:
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, partial, metadata={_HEADER: json.dumps(dataclasses.asdict(card))})
+        save_file(tensors, partial, metadata={HEADER: card.to_json()})
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(path)
@@ -79,26 +55,44 @@ def save(path: str | Path, model: nn.Module, card: ModelCard) -> None:
 
 
 def load(
-    name_or_file: str | Path, architecture: str | None = None, num_classes: int | None = None
+    name_or_file: str | Path,
+    architecture: str | None = None,
+    num_classes: int | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
 ) -> tuple[nn.Module, ModelCard]:
     """Load a network in float32 on the CPU, in training mode as torch makes it, with its card.
 
     Args:
-        name_or_file: a .safetensors file (ours, or another's with `architecture`), a BiT .npz file, a released
-            BiT file by name (bit:NAME, zoo.py), or timm's name of a network with published weights. The last two
-            are downloaded.
+        name_or_file: a .safetensors file (ours, or another's with `architecture`), a BiT .npz file, an ONNX file, a
+            released BiT file by name (bit:NAME, zoo.py), timm's name of a network with published weights, hf-hub:NAME,
+            or local-dir:DIR (a folder as `funmatch export` writes it). Released and published ones are downloaded.
         architecture: timm's name, for files that do not say; must agree with those that do.
         num_classes: a number other than the file's replaces the head by a zero one, to fine-tune on.
+        mean: of RGB on the scale 0..1; for files that do not say, or say wrongly. std and size likewise.
+        std: see mean.
+        size: pixels a side.
 
     Raises:
         OSError: no such file, or it cannot be downloaded.
         ValueError: not a weight file that we read, or tensors that do not fit (the message names them).
     """
     path = Path(name_or_file)
-    if path.suffix in _PICKLES:
-        raise ValueError(f"{path}: a pickle runs code when it is opened; convert it to .safetensors first")
     if str(name_or_file).startswith("bit:"):
         model, card = _load_released(str(name_or_file), architecture)
+    elif str(name_or_file).startswith(_TIMM_SOURCES):
+        model, card = _load_timm_folder(str(name_or_file), architecture)
+    elif path.suffix in _PICKLES:
+        raise ValueError(
+            f"{path}: a pickle (or TorchScript) file runs code when it is opened; convert it to .safetensors, or write "
+            "the network as ONNX, which runs none"
+        )
+    elif path.suffix == onnx_network.SUFFIX:
+        if num_classes is not None:
+            raise ValueError(f"{path}: an ONNX file can teach and not learn; start the student from .safetensors")
+        return onnx_network.load(path, mean, std, size)
     elif path.suffix in _SUFFIXES:
         if not path.is_file():
             raise FileNotFoundError(f"no such weight file: {path}")
@@ -109,7 +103,9 @@ def load(
         model.reset_classifier(num_classes)  # type: ignore[operator]
         zero_head(model)
         card = dataclasses.replace(card, num_classes=num_classes, data_set="")
-    return model, card
+    return model, dataclasses.replace(
+        card, size=size or card.size, mean=tuple(mean or card.mean), std=tuple(std or card.std)
+    )
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -125,12 +121,12 @@ def weights_digest(model: nn.Module) -> str:
 def _load_safetensors(path: Path, architecture: str | None) -> tuple[nn.Module, ModelCard]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
+            header = (file.metadata() or {}).get(HEADER)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise ValueError(f"{path}: not a .safetensors file: {error}") from error
     if header is not None:
-        card = _card(header, path)
+        card = ModelCard.from_json(header, path)
         _must_agree(architecture, card.architecture, path)
     elif architecture is not None:
         card = _foreign_card(architecture, tensors, path)
@@ -168,6 +164,20 @@ def _load_released(name: str, architecture: str | None) -> tuple[nn.Module, Mode
     return model, dataclasses.replace(card, size=entry.size)
 
 
+def _load_timm_folder(name: str, architecture: str | None) -> tuple[nn.Module, ModelCard]:
+    """A model of the Hugging Face hub, or a folder like those, read by timm: configuration and weights."""
+    source, _, where = name.partition(":")
+    if source == "local-dir" and not (Path(where) / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{where} holds no model.safetensors: is it a folder of `funmatch export`?")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:  # of the hub, the folder, or the network
+        raise ValueError(f"timm cannot load {name}: {' '.join(str(error).split())[:500]}") from error
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    _must_agree(architecture, cfg["architecture"], name)
+    return model, _card_from_cfg(cfg["architecture"], int(cfg["num_classes"]), cfg)
+
+
 def _load_published(name: str, architecture: str | None) -> tuple[nn.Module, ModelCard]:
     check_name(name)
     _must_agree(architecture, name, name)
@@ -188,14 +198,6 @@ def _must_agree(asked: str | None, found: str, source: str | Path) -> None:
     # A tag names weights of an architecture, not another architecture.
     if asked is not None and asked.partition(".")[0] != found.partition(".")[0]:
         raise ValueError(f"{source}: holds architecture {found!r}, not {asked!r}; leave architecture away")
-
-
-def _card(header: str, path: Path) -> ModelCard:
-    try:
-        fields = json.loads(header)
-        return ModelCard(**{**fields, "mean": tuple(fields["mean"]), "std": tuple(fields["std"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: the card in the file's header is damaged: {error}") from error
 
 
 def _foreign_card(architecture: str, tensors: Mapping[str, torch.Tensor], path: Path) -> ModelCard:

@@ -19,9 +19,14 @@ class Config:
     """Serve a frozen teacher's logits over gRPC."""
 
     model: str
-    """A .safetensors file, a BiT .npz file, or timm's name of a network with published weights (downloaded)."""
+    """A .safetensors file, a BiT .npz file, an ONNX file, local-dir:DIR (a folder as `funmatch export` writes it), or by
+    name and downloaded: bit:NAME (python -m models.zoo), timm's name of published weights, hf-hub:OWNER/NAME."""
     architecture: str | None = None
     """timm's name of the network, for weight files that do not say which they are."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from RGB on the scale 0..1, for files that do not say it (ONNX) or say it wrongly."""
+    std: tuple[float, float, float] | None = None
+    """Then divided by this; positive."""
     data: tuple[Path, ...] = ()
     """Prepared data sets (data_prep/prepare.py) that requests may refer to. Without one, pictures must be sent."""
     address: str = "127.0.0.1:50051"

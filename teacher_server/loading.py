@@ -24,6 +24,7 @@ from teacher_server.model import (
     be_reproducible,
     choose_batch_rows,
     choose_device,
+    choose_for_onnx,
     choose_precision,
     fingerprint,
     load,
@@ -70,8 +71,11 @@ def _gated_teacher(
     module: nn.Module, card: ModelCard, config: Config, device: torch.device, pictures: Pictures
 ) -> tuple[Teacher, gate.Report]:
     """The teacher, warm; GateError if it must not serve."""
-    precision = choose_precision(config.precision, device)
-    batch_rows = choose_batch_rows(config.batch_rows, device)
+    asked, asked_rows = config.precision, config.batch_rows
+    if isinstance(module, models.OnnxNetwork):
+        asked, asked_rows = "float32", choose_for_onnx(module, config.precision, config.batch_rows)
+    precision = choose_precision(asked, device)
+    batch_rows = choose_batch_rows(asked_rows, device)
     shape: dict[str, Any] = {"device": device, "batch_rows": batch_rows}
     reference = None
     if precision != "float32":

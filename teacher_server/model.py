@@ -13,7 +13,6 @@ Legend: R rows, V views, S pixels a side, K classes, B rows of a padded batch.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -102,9 +101,13 @@ class Teacher:
         if precision != "float32":
             halve(module, _DTYPES[precision])
         module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if isinstance(module, models.OnnxNetwork):
+            module.run_on(device)
         self._dtype = _DTYPES[precision]
         self._module = module
         self._forward = _made_fast(module) if device.type == "cuda" and precision != "float32" else module
+        # What onnxruntime computes runs in streams of its own, which cannot be recorded.
+        self._records = device.type == "cuda" and not isinstance(module, models.OnnxNetwork)
         self._replay: Replay | None = None
 
     @torch.inference_mode()
@@ -112,7 +115,7 @@ class Teacher:
         """Float32 [R, K] of at most batch_rows mixed, normalised rows [R, 3, S, S]."""
         assert not self._module.training, "somebody called .train() on a frozen teacher"
         num_rows, *shape = rows_NCHW.shape
-        if self.device.type == "cuda":
+        if self._records:
             return self._recorded(shape).logits(rows_NCHW)
         batch = torch.zeros(
             (self.batch_rows, *shape), dtype=self._dtype, device=self.device
@@ -137,14 +140,14 @@ class Teacher:
             DeviceError: the device is broken; so does what is returned.
         """
         with _naming_broken_device():
-            if self.device.type == "cuda":
+            if self._records:
                 _, size, _, channels = parts[0].payload.pixels.shape
                 wait = self._recorded((channels, size, size)).begin(
                     lambda: [part.payload.rows_on(self.device, part.start, part.stop, self.card) for part in parts]
                 )
                 return _naming_broken_device()(wait)
             rows = torch.cat([part.payload.rows(part.start, part.stop, self.card) for part in parts])
-            logits: NDArray[np.float32] = self.logits(rows).numpy()
+            logits: NDArray[np.float32] = self.logits(rows).cpu().numpy()
         return lambda: logits
 
     def _recorded(self, shape: Sequence[int]) -> Replay:
@@ -198,8 +201,7 @@ def broken_device(error: BaseException) -> str | None:
 
 def load(config: Config) -> tuple[nn.Module, ModelCard]:
     """The network that the config names, float32 on the CPU, as it lies in its file."""
-    module, card = models.load(config.model, config.architecture)
-    return module, dataclasses.replace(card, size=config.size or card.size)
+    return models.load(config.model, config.architecture, mean=config.mean, std=config.std, size=config.size)
 
 
 def choose_device(name: str) -> torch.device:
@@ -232,6 +234,20 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 def choose_batch_rows(asked: int | None, device: torch.device) -> int:
     """Resolve --batch-rows."""
     return asked or _DEFAULT_BATCH_ROWS[device.type]
+
+
+def choose_for_onnx(network: models.OnnxNetwork, precision: str, asked_rows: int | None) -> int | None:
+    """Resolve --precision and --batch-rows of an ONNX file, which has its own; the rows, None where any number will do.
+
+    Raises:
+        ValueError: another one is asked for.
+    """
+    if precision not in ("auto", "float32"):
+        raise ValueError(f"an ONNX file is served in its own precision: leave out --precision {precision}")
+    rows = network.batch_rows
+    if rows and asked_rows not in (None, rows):
+        raise ValueError(f"this ONNX file takes batches of exactly {rows} rows: leave out --batch-rows {asked_rows}")
+    return rows or asked_rows
 
 
 def be_reproducible(num_threads: int) -> None:
