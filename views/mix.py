@@ -50,4 +50,4 @@ def mix(
         own.copy_(views[start : start + len(own)]).div_(255)
         other = views[partner[part]].to(torch.float32).div_(255)
         own.mul_(own_weight).add_(other.mul_(1 - own_weight)).sub_(shift).div_(scale)
-    return mixed.unflatten(2, pixels.shape[2:]).permute(0, 3, 1, 2)
+    return mixed.reshape(num_rows, *pixels.shape[1:]).permute(0, 3, 1, 2)
