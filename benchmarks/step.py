@@ -3,7 +3,8 @@
 A training step's time with teachers in other processes, over its time with the logits in memory already. Both sides
 run the loop's own parts on the same pictures, rows and network: plan, read, render ahead, mix, forward, loss, backward,
 clip, update, metrics (student_trainer/train.py); only who answers differs. Teachers are enough, and elsewhere: they
-answer after a fixed time and use no core for it (benchmarks/echo.py).
+answer after a fixed time and use no core for it (benchmarks/echo.py). On the CPU the network has one thread, as
+torchrun gives each of several processes; more would spin against the decoders, and measure that.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class _Student:
 
 def measure(quick: bool) -> Iterator[Figure]:
     """Both in turn, for teachers near by and far away."""
+    torch.set_num_threads(1)
     pairs, steps, latencies_s = (1, 3, _LATENCIES_S[:1]) if quick else (_PAIRS, 12, _LATENCIES_S)
     with tempfile.TemporaryDirectory() as folder:
         index = photographs.prepared(Path(folder), 2 * _ROWS)
