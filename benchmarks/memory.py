@@ -115,7 +115,12 @@ def load(data: Path, address: str) -> None:
 
     torch.set_num_threads(1)
     over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+
+    def listen() -> None:
+        sys.stdin.read()
+        over.set()
+
+    threading.Thread(target=listen, daemon=True).start()
     index = Index.open(data)
     samples = index.splits["train"]
     plan = Plan(

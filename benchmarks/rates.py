@@ -54,7 +54,7 @@ def of_student(config: Config, num_classes: int, device: torch.device, seconds: 
     rows = min(config.optim.batch_size, _LARGEST_SHARE[device.type])
     model = models.create(student.architecture, num_classes).to(device).train()
     if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config.optim)
     images = torch.randn(rows, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.randn(1, rows, num_classes, device=device)

@@ -209,7 +209,7 @@ def _header(key: StoreKey, num_classes: int) -> NDArray[np.uint8]:
 
 def checksums(key: StoreKey, samples: NDArray[np.int64], records: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """What each record's last bytes should be [N, _CHECKSUM_BYTES]."""
-    salt, flat = bytes.fromhex(key.digest), memoryview(records.reshape(-1))
+    salt, flat = bytes.fromhex(key.digest), records.reshape(-1).data
     size = records.shape[1]
     starts = range(0, len(flat), size)
     sums = [
