@@ -135,7 +135,10 @@ def _compared(index: Index, name: str, size: int, batch_size: int, passes: int, 
         floor=statistics.median(bare), goal=(">=", _GOAL),
         judged=statistics.median(a / b for a, b in zip(rates["ours"], rates[better], strict=True)),
         note=f"{kilobytes:.0f} kB a file; {', '.join(f'{one} {rate:.0f}' for one, rate in medians.items())} images/s, "
-        f"medians of {rounds} rounds; floor: DALI's decoding and resizing of the same boxes alone, {_THREADS} threads",
+        f"medians of {rounds} rounds; floor: DALI's decoding and resizing of the same boxes alone, {_THREADS} threads. "
+        "If the goal is missed: DALI resizes on a CPU with SSE2 and gathers three channels along rows, about a third "
+        "of our time, where torchvision has AVX2 on integers; other arithmetic would change the views' bits. Done: "
+        "truncation outside of DALI, mixing in the cache; tried in vain: DALI's memory pool, smaller runs",
     )  # fmt: skip
 
 
