@@ -61,7 +61,8 @@ class Curve:
         return Figure(
             row="12", name=f"{self.name}, {short(self.sizes[-1])} {self.by}; how it grows from {short(self.sizes[0])}",
             value=self.values[-1], unit=self.unit, goal=self.goal, judged=self.slope, beside=self.beside,
-            alternative=self.alternative, note=f"judged: slope in log-log{since}; {points}{self.note and '; '}{self.note}",
+            alternative=self.alternative,
+            note=f"judged: slope in log-log{since}; {points}{self.note and '; '}{self.note}",
         )  # fmt: skip
 
 
