@@ -21,6 +21,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from funmatch.words import WORDS, Word
 
@@ -42,14 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in WORDS:
         return _wrong(f"no word of funmatch is called {name!r}{_nearest(name)}; `funmatch --help` lists them")
-    word = WORDS[name]
+    return _open(name, WORDS[name], rest)
+
+
+def _open(name: str, word: Word, rest: Sequence[str]) -> int:
     asks_help = bool({"-h", "--help"} & set(rest))
     if asks_help:
         print(explain(name, word), flush=True)
         if not word.says_more or (name == "train" and not _names_recipe(rest)):
             return 0
     if lacking := [package for package in word.needs if importlib.util.find_spec(package) is None]:
-        return _wrong(f"`funmatch {name}` needs {', '.join(lacking)}, not installed here: {_how_to_install(word, lacking)}")
+        return _lacks(name, word, lacking)
     if word.module.startswith("funmatch."):
         return _call(name, word, rest)
     try:
@@ -58,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _wrong(str(error))
     if not asks_help:
         print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
+    return _become(command)
+
+
+def _become(command: Sequence[str]) -> NoReturn:
     os.execv(command[0], command)  # noqa: S606  (no shell is what we want)
 
 
@@ -107,20 +115,19 @@ def _root() -> Path:
 
 
 def _call(name: str, word: Word, rest: Sequence[str]) -> int:
+    sys.argv[0] = f"funmatch {name}"
     try:
         room = importlib.import_module(word.module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "funmatch":
             raise
-        return _wrong(f"`funmatch {name}` needs {error.name}, not installed here: {_how_to_install(word, [error.name])}")
-    sys.argv[0] = f"funmatch {name}"
+        return _lacks(name, word, [error.name])
     return int(room.main(list(rest)))
 
 
-def _how_to_install(word: Word, lacking: Sequence[str]) -> str:
-    if "benchmarks" in lacking:
-        return "run it from a clone of the repository"
-    return f"pip install 'funmatch[{word.extra}]'" if word.extra else "pip install funmatch"
+def _lacks(name: str, word: Word, lacking: Sequence[str]) -> int:
+    cure = f"pip install 'funmatch[{word.extra}]'" if word.extra else "pip install funmatch"
+    return _wrong(f"`funmatch {name}` needs {', '.join(lacking)}, not installed here: {cure}")
 
 
 def _names_recipe(rest: Sequence[str]) -> bool:

@@ -49,7 +49,7 @@ WORDS = {
         needs=("tyro", "torch", "grpc", "grpc_health"),
         extra="teacher",
         example="funmatch serve --model teacher.safetensors --data data/mine --address 127.0.0.1:50051",
-        more="Sizes are in pixels, times in seconds. By default 127.0.0.1:50051, the GPU if there is one, float16 there.",
+        more="Sizes: pixels; times: seconds. By default 127.0.0.1:50051, the GPU if there is one, float16 there.",
     ),
     "train": Word(
         does="distil a student, on one process or one per GPU; the same command goes on after a stop",
@@ -59,7 +59,7 @@ WORDS = {
         example="funmatch train --processes 8 --recipe flowers102/funmatch/10k --data data/flowers102 "
         "--teacher 127.0.0.1:50051",
         more="--recipe NAME     which run; `python -m student_trainer.recipes` lists them\n"
-        "--processes N     ranks on this machine, one GPU each where there are GPUs; `gpu`: as many as GPUs. Default: 1,\n"
+        "--processes N     ranks on this machine, one GPU each where there are GPUs; `gpu`: as many. Default: 1,\n"
         "                  without torchrun. Several machines: torchrun's own command line, see docs/deployment.md\n"
         "--tiny            the recipe in small: a minute on two cores\n"
         "--SETTING VALUE   changes the recipe; --recipe NAME --help lists all settings, with units and NAME's values.\n"
@@ -94,14 +94,14 @@ WORDS = {
         needs=("benchmarks", "tyro", "torch"),
         extra="student",
         example="funmatch plan --recipe imagenet/funmatch/9600 --teacher-rate 3000 --student-rate 8250",
-        more="--recipe NAME           which run; needed. --tiny: its small form. --SETTING VALUE changes it, as at train\n"
+        more="--recipe NAME           which run; needed. --tiny: in small. --SETTING VALUE changes it, as at train\n"
         "--teacher-rate ROWS     rows a second of a teacher GPU, a number per teacher. Default: measured here\n"
         "--student-rate ROWS     rows a second of a student GPU, while training. Default: measured here\n"
         "--decode-rate VIEWS     views a second that one core decodes. Default: measured here\n"
         "--gpus N [N ...]        GPUs of the student. Default: 1 8 32\n"
         "--cores N               that decode beside each GPU. Default: enough\n"
-        "--pictures N            of the training split, --classes N of the teacher, --picture-bytes BYTES of a file on\n"
-        "                        average: where they are neither here nor known by their names\n"
+        "--pictures N            of the training split, --classes N of the teacher, --picture-bytes BYTES of a file,\n"
+        "                        on average: where they are neither here nor known by their names\n"
         "--json FILE             the answer there, too",
         says_more=False,  # its imports take as long as the answer
     ),

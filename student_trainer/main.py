@@ -13,18 +13,18 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse  # noqa: E402
-import logging  # noqa: E402
+import difflib  # noqa: E402
 import os  # noqa: E402
+from typing import NoReturn  # noqa: E402
 
 # Threads that spin at a barrier steal the cores of the teacher, or of whoever else is on this machine: with both
 # cores of a two-core machine in use, a step of two spinning threads took 3.7 s that takes 0.2 s alone. Effective
 # only before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from student_trainer import log, world  # noqa: E402
+from student_trainer import log  # noqa: E402
 from student_trainer.config import Config, override  # noqa: E402
 from student_trainer.recipes import RECIPES  # noqa: E402
-from student_trainer.tiny import SHRINKS, make_parts, tiny  # noqa: E402
 
 
 def parse(args: list[str]) -> tuple[Config, bool]:
@@ -33,39 +33,64 @@ def parse(args: list[str]) -> tuple[Config, bool]:
     parser.add_argument("--recipe", metavar="NAME")
     parser.add_argument("--tiny", action="store_true")
     chosen, rest = parser.parse_known_args(args)
+    if not chosen.recipe:
+        sys.exit("which recipe? give --recipe NAME; there are:\n  " + "\n  ".join(RECIPES))
     if chosen.recipe not in RECIPES:
-        wrong = f"no recipe is called {chosen.recipe!r}" if chosen.recipe else "which recipe? give --recipe NAME"
-        sys.exit(f"{wrong}; there are:\n  " + "\n  ".join(RECIPES))
+        guess = difflib.get_close_matches(chosen.recipe, RECIPES, n=3)
+        hint = f" Did you mean {' or '.join(guess)}?" if guess else ""
+        sys.exit(f"no recipe is called {chosen.recipe!r}.{hint} `python -m student_trainer.recipes` lists them")
     config = RECIPES[chosen.recipe].config
-    return override(tiny(config) if chosen.tiny else config, rest), chosen.tiny
+    if chosen.tiny:
+        from student_trainer.tiny import tiny  # imports torch, which --help is quicker without
+
+        config = tiny(config)
+    return override(config, rest), chosen.tiny
 
 
 def main() -> None:
-    """Run a recipe. Exit code 1, with a sentence and no traceback, for what the caller can mend."""
+    """Run a recipe. Exit code 1, with a sentence and no traceback, for what the caller can mend.
+
+    FUNMATCH_TRACEBACK=1 in the environment asks for the traceback.
+    """
     config, is_tiny = parse(sys.argv[1:])
-    log.set_up(config.log_format, int(os.environ.get("RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))
+    log.set_up(config.log_format, rank)
     # After the settings are known to be right: these import torch and DALI.
+    import torch
+
+    from student_trainer import world
     from student_trainer.fleet import TeacherError
     from student_trainer.local_teacher import TeacherDiedError
     from student_trainer.logit_store import StoreGoneError
     from student_trainer.pictures import PictureError
     from student_trainer.report import print_table
+    from student_trainer.tiny import SHRINKS, make_parts
     from student_trainer.train import NonFiniteLossError, train
 
     expected = ValueError, OSError, TeacherError, TeacherDiedError, StoreGoneError, PictureError, NonFiniteLossError
-    with world.join(config.device) as processes:
-        try:
+    try:
+        with world.join(config.device) as processes:
             if is_tiny:
                 if processes.is_main:
                     print(SHRINKS, flush=True)
                     make_parts(config)
                 processes.barrier()
             summary = train(config, processes)
-        except expected as error:
-            logging.getLogger("funmatch").debug("where it happened", exc_info=True)
-            sys.exit(f"rank {processes.rank}: {type(error).__name__}: {error}")
-        if processes.is_main and not summary.get("stopped"):
-            print_table(summary)
+            if processes.is_main and not summary.get("stopped"):
+                print_table(summary)
+    except torch.OutOfMemoryError as error:
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        share = f"{config.optim.batch_size // ranks} rows of --optim.batch-size {config.optim.batch_size} on each GPU"
+        cure = "more GPUs, --precision bfloat16, a smaller batch or --student.size; nvidia-smi says who else is there"
+        _give_up(rank, f"out of GPU memory with {share}: {str(error).splitlines()[0]} Try {cure}", error)
+    except expected as error:
+        _give_up(rank, f"{type(error).__name__}: {error}", error)
+
+
+def _give_up(rank: int, sentence: str, error: Exception) -> NoReturn:
+    if os.environ.get("FUNMATCH_TRACEBACK"):
+        raise error
+    sys.exit(f"rank {rank}: {sentence}")
 
 
 if __name__ == "__main__":
