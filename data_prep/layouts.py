@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -50,8 +51,8 @@ class Listing:
     name: str
     classes: tuple[str, ...]
     items: list[Item]
-    num_ignored: int = 0
-    """Files that are not pictures, by their names."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """Files that are not pictures, by their names: how each kind ends -> how many."""
 
 
 def flowers102(source: Source) -> Listing:
@@ -185,6 +186,10 @@ def folder(source: Source) -> Listing:
     pictures = [file for file in files if file.is_picture]
     tops = {file.name.split("/")[0] for file in pictures if "/" in file.name}
     named_splits = tops & _SPLIT_FOLDERS.keys()
+    if all(top.lower() in _SPLIT_FOLDERS for top in tops):  # Train/ alone may be a class of vehicles
+        named_splits = tops
+    if not named_splits:
+        _refuse_splits_further_down(source.root, pictures)
     if named_splits and named_splits != tops:
         raise ValueError(
             f"{source.root} has folders named like splits ({', '.join(sorted(named_splits))}) beside others "
@@ -193,7 +198,7 @@ def folder(source: Source) -> Listing:
     found = []
     for picture in pictures:
         *parents, _ = picture.name.split("/")
-        split = _SPLIT_FOLDERS[parents.pop(0)] if named_splits and parents else "train"
+        split = _SPLIT_FOLDERS[parents.pop(0).lower()] if named_splits and parents else "train"
         found.append((split, parents[0] if parents else None, picture))
     classes = sorted({name for _, name, _ in found if name is not None})
     label_of: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
@@ -202,8 +207,27 @@ def folder(source: Source) -> Listing:
         name=source.root.resolve().name,
         classes=tuple(classes),
         items=items,
-        num_ignored=len(files) - len(pictures),
+        ignored=_kinds(file for file in files if not file.is_picture),
     )
+
+
+def hold_out(listing: Listing, share: float) -> Listing:
+    """The listing with this share of each class, drawn by our seed, in `val`.
+
+    Raises:
+        ValueError: it has splits of its own.
+    """
+    if others := sorted({item.split for item in listing.items} - {"train"}):
+        raise ValueError(f"{listing.name} has splits of its own ({', '.join(others)}); leave out --hold-out")
+    of_class: dict[int, list[int]] = {}
+    for place, item in enumerate(listing.items):
+        of_class.setdefault(item.label, []).append(place)
+    rng = np.random.default_rng(SPLIT_SEED)
+    held = {place for places in of_class.values() for place in rng.permutation(places)[: round(share * len(places))]}
+    if not held or len(held) == len(listing.items):
+        raise ValueError(f"--hold-out {share:g} leaves one split empty: no class has enough pictures")
+    items = [item._replace(split="val") if place in held else item for place, item in enumerate(listing.items)]
+    return replace(listing, items=items)
 
 
 def digits(scratch: Path) -> Listing:
@@ -247,7 +271,10 @@ LAYOUTS: dict[str, Callable[[Source], Listing]] = {
 }
 """The data sets that are read from a folder of pictures or archives."""
 
-_SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SPLIT_FOLDERS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "testing": "test",
+}  # fmt: skip
 
 
 def split_of_path(path: str) -> str:
@@ -272,6 +299,28 @@ def unique_keys(items: Iterable[Item]) -> list[Item]:
         taken.add(key)
         renamed.append(item._replace(key=key))
     return renamed
+
+
+def _refuse_splits_further_down(root: Path, pictures: Sequence[Stored]) -> None:
+    """Folders of splits that are not the first thing below the source would quietly become classes, or vanish."""
+    parts = [picture.name.split("/") for picture in pictures]
+    seconds = {part[1] for part in parts if len(part) > 2}
+    if not seconds or not all(second.lower() in _SPLIT_FOLDERS for second in seconds):
+        return
+    tops = sorted({part[0] for part in parts if len(part) > 2})
+    found = ", ".join(sorted(seconds))
+    if len(tops) == 1:
+        raise ValueError(f"the splits ({found}) lie one folder further down: give --source {root / tops[0]}")
+    raise ValueError(
+        f"{root} has splits ({found}) inside of folders like {tops[0]}; the split comes first and the class second: "
+        f"{sorted(seconds)[0]}/{tops[0]}/picture"
+    )
+
+
+def _kinds(files: Iterable[Stored]) -> dict[str, int]:
+    """How files end -> how many do, most frequent first."""
+    ends = Counter(PurePosixPath(file.name).suffix.lower() or "no ending" for file in files)
+    return dict(ends.most_common())
 
 
 def _divide(keys: Sequence[str], until: Mapping[str, float]) -> dict[str, str]:

@@ -19,17 +19,19 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
 from tqdm import tqdm
 
 from data_prep import layouts, pool
-from data_prep.archive import Source, files_below
+from data_prep.archive import PICTURE_SUFFIXES, Source, files_below
 from data_prep.download import download
 from data_prep.index import DATASET_FILE, Index, flush_to_disk, write_index
 from data_prep.layouts import LAYOUTS, SPLITS, Listing
@@ -61,6 +63,7 @@ def prepare(
     skip_corrupt: bool = False,
     workers: int | None = None,
     pictures_per_shard: int = PICTURES_PER_SHARD,
+    hold_out: float = 0.0,
     progress: bool = True,
 ) -> Index:
     """Prepare a data set, or open it where it is already; the command line in one call.
@@ -77,6 +80,8 @@ def prepare(
         skip_corrupt: leave out pictures that do not decode, and go on.
         workers: processes; None: one per core. The result does not depend on it.
         pictures_per_shard: at most so many in one shard.
+        hold_out: share of the pictures (of whole shards, where shards are indexed) that becomes `val`, for a source
+            without splits.
         progress: show a bar, if standard error is a terminal.
 
     Raises:
@@ -85,8 +90,11 @@ def prepare(
     """
     source = None if source is None else Path(source)
     out = Path(out).absolute()
-    _check_arguments(name, source, short_side, workers, pictures_per_shard)
-    wanted = {"data_set": name, "short_side": short_side, "pictures_per_shard": pictures_per_shard}
+    _check_arguments(name, source, short_side, workers, pictures_per_shard, hold_out)
+    wanted = {
+        "data_set": name, "short_side": short_side, "pictures_per_shard": pictures_per_shard,
+        "hold_out": hold_out or None,
+    }  # fmt: skip
     if (out / DATASET_FILE).exists():
         return _already_prepared(out, wanted, source, skip_corrupt)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -119,6 +127,7 @@ def main(
     skip_corrupt: bool = False,
     workers: int | None = None,
     pictures_per_shard: int = PICTURES_PER_SHARD,
+    hold_out: float = 0.0,
 ) -> int:
     """Write a data set as WebDataset shards with an index beside them.
 
@@ -135,6 +144,8 @@ def main(
         skip_corrupt: leave out pictures that do not decode, and still succeed.
         workers: processes; by default one per core. The result does not depend on it.
         pictures_per_shard: at most so many pictures in one shard.
+        hold_out: folder, shards: this share becomes the split `val`, 0 to 1, where the source has no splits: of each
+            class's pictures, or of whole shards. Training wants something to evaluate on; 0.1 is usual.
     """
     there = (out / DATASET_FILE).exists()
     try:
@@ -146,6 +157,7 @@ def main(
             skip_corrupt=skip_corrupt,
             workers=workers,
             pictures_per_shard=pictures_per_shard,
+            hold_out=hold_out,
         )
     except CorruptPictures as error:
         _print_corrupt(error.corrupt)
@@ -180,7 +192,17 @@ def summary(index: Index) -> str:
         "files ignored because they are not pictures": prepared.get("num_ignored", 0),
         "samples without a picture ignored": prepared.get("num_without_picture", 0),
     }
-    return "\n".join(lines + [f"{count} {what}" for what, count in notes.items() if count])
+    lines += [f"{count} {what}" for what, count in notes.items() if count]
+    if kinds := prepared.get("ignored"):
+        lines.append(f"ignored were, by their ends: {_few(kinds)}")
+    if index.splits.keys() == {"train"}:
+        lines.append("there is no split to evaluate on: prepare with --hold-out 0.1, or give --data.evaluate-root")
+    return "\n".join(lines)
+
+
+def _few(kinds: Mapping[str, int]) -> str:
+    """The most frequent kinds of files."""
+    return ", ".join(f"{kind} {count}" for kind, count in list(kinds.items())[:5])
 
 
 def _make(
@@ -194,16 +216,20 @@ def _make(
 ) -> Index:
     """The whole work, into the folder `made`."""
     jobs: Sequence[WriteJob | IndexJob]
+    ignored: dict[str, int]
     if name == "shards":
         assert source is not None
-        jobs, classes, num_ignored = _link_shards(source, made), _listed_classes(source), 0
+        jobs, classes, ignored = _held_out(_link_shards(source, made), wanted["hold_out"]), _listed_classes(source), {}
         title, total = source.resolve().name, None
     else:
         listing = layouts.digits(scratch) if source is None else LAYOUTS[name](Source(source, scratch))
         if not listing.items:
-            raise ValueError(f"no pictures found below {source}")
+            kinds = f"; files there are {_few(listing.ignored)}" if listing.ignored else ""
+            raise ValueError(f"no pictures ({', '.join(PICTURE_SUFFIXES)}) found below {source}{kinds}")
+        if wanted["hold_out"]:
+            listing = layouts.hold_out(listing, wanted["hold_out"])
         jobs = _write_jobs(listing, made, wanted["short_side"], wanted["pictures_per_shard"])
-        classes, num_ignored = listing.classes, listing.num_ignored
+        classes, ignored = listing.classes, dict(listing.ignored)
         title, total = listing.name, len(listing.items)
     reports = _run(jobs, workers, total, progress)
     columns = columns_of(reports)
@@ -225,7 +251,8 @@ def _make(
             "source": None if source is None else Source(source, scratch).fingerprint(),
             "corrupt": [pair for report in reports for pair in report.corrupt],
             "num_reencoded": sum(report.num_reencoded for report in reports),
-            "num_ignored": num_ignored,
+            "num_ignored": sum(ignored.values()),
+            "ignored": ignored,
             "num_without_picture": sum(report.num_without_picture for report in reports),
         },
     )
@@ -268,6 +295,20 @@ def _link_shards(source: Path, made: Path) -> list[IndexJob]:
     return sorted(jobs, key=lambda job: (SPLITS.index(job.split), job.file.name))
 
 
+def _held_out(jobs: list[IndexJob], share: float | None) -> list[IndexJob]:
+    """The same shards, some of them in `val`: the rows of a split are contiguous, so a shard belongs to one."""
+    if not share:
+        return jobs
+    if others := sorted({job.split for job in jobs} - {"train"}):
+        raise ValueError(f"the shards have splits of their own ({', '.join(others)}); leave out --hold-out")
+    num_held = max(1, round(share * len(jobs)))
+    if num_held >= len(jobs):
+        raise ValueError(f"--hold-out takes whole shards, and of {len(jobs)} none would be left; write smaller ones")
+    held = set(np.random.default_rng(layouts.SPLIT_SEED).permutation(len(jobs))[:num_held].tolist())
+    divided = [replace(job, split="val") if place in held else job for place, job in enumerate(jobs)]
+    return sorted(divided, key=lambda job: SPLITS.index(job.split))
+
+
 def _listed_classes(source: Path) -> tuple[str, ...]:
     """Names of the classes of foreign shards: classes.txt in the source, one a line, if there is one."""
     file = source / "classes.txt"
@@ -299,7 +340,12 @@ def _split_ranges(reports: Sequence[Report]) -> dict[str, range]:
 
 
 def _check_arguments(
-    name: str, source: Path | None, short_side: int | None, workers: int | None, pictures_per_shard: int
+    name: str,
+    source: Path | None,
+    short_side: int | None,
+    workers: int | None,
+    pictures_per_shard: int,
+    hold_out: float,
 ) -> None:
     if name not in (*LAYOUTS, "digits", "shards"):
         raise ValueError(f"unknown data set {name!r}; known: {', '.join([*LAYOUTS, 'digits', 'shards'])}")
@@ -307,6 +353,10 @@ def _check_arguments(
         raise ValueError("digits come with scikit-learn; --source has no meaning for them")
     if name == "shards" and short_side is not None:
         raise ValueError("shards are indexed, not rewritten; --short-side has no meaning for them")
+    if hold_out and name not in ("folder", "shards"):
+        raise ValueError(f"{name} has official splits; --hold-out has no meaning for it")
+    if not 0 <= hold_out < 1:
+        raise ValueError(f"--hold-out is a share of the pictures, at least 0 and less than 1, got {hold_out:g}")
     for flag, value in (
         ("--short-side", short_side),
         ("--workers", workers),

@@ -206,8 +206,12 @@ def _label_of(parts: dict[str, Stored], key: str, file: Path) -> int:
     if "cls" in parts:
         label = parts["cls"].text().strip()
     elif "json" in parts:
-        record = json.loads(parts["json"].text())
-        label = record.get("label", record.get("cls", -1))
+        try:
+            record = json.loads(parts["json"].text())
+        except ValueError as error:
+            raise ValueError(f"sample {key} of {file} has a json that is none: {error}") from error
+        if isinstance(record, dict):
+            label = record.get("label", record.get("cls", -1))
     try:
         number = int(label)
     except (TypeError, ValueError):

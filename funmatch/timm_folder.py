@@ -120,4 +120,4 @@ def _config(
 @torch.inference_mode()
 def answers(model: nn.Module, images_N3SS: torch.Tensor) -> torch.Tensor:
     """Float32 [N, K] of pictures as the network sees them, in batches of one size."""
-    return torch.cat([model(part).float() for part in images_N3SS.split(16)])
+    return torch.cat([model(part).float() for part in torch.split(images_N3SS, 16)])

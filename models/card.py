@@ -14,6 +14,10 @@ HEADER = "funmatch"
 """The name under which a file's metadata holds its card."""
 
 
+Triple = tuple[float, float, float]
+"""One number a colour, red first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """What one must know of a network to feed it and to read its answers."""
@@ -24,9 +28,9 @@ class ModelCard:
     """Outputs of the head."""
     size: int
     """Height and width, in pixels, of the pictures that it was made for."""
-    mean: tuple[float, float, float]
+    mean: Triple
     """Subtracted from RGB on the scale 0..1 (timm's convention)."""
-    std: tuple[float, float, float]
+    std: Triple
     """Then divided by this; positive."""
     data_set: str = ""
     """Name of the data set whose classes the outputs are; "" if unknown."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.card import HEADER, ModelCard
+from models.card import HEADER, ModelCard, Triple
 
 SUFFIX = ".onnx"
 _FLOAT = "tensor(float)"
@@ -47,7 +47,7 @@ class OnnxNetwork(nn.Module):
         Raises:
             ValueError: this onnxruntime cannot.
         """
-        import onnxruntime
+        import onnxruntime  # type: ignore[import-untyped]
 
         if device.type == "cpu":
             return
@@ -85,9 +85,7 @@ class OnnxNetwork(nn.Module):
         return OnnxNetwork(self._path)
 
 
-def load(
-    path: Path, mean: Sequence[float] | None, std: Sequence[float] | None, size: int | None
-) -> tuple[OnnxNetwork, ModelCard]:
+def load(path: Path, mean: Triple | None, std: Triple | None, size: int | None) -> tuple[OnnxNetwork, ModelCard]:
     """The network of an ONNX file and its card; what is given goes before what the file says.
 
     Raises:
@@ -99,8 +97,8 @@ def load(
     size = size or (own.size if own else side if isinstance(side, int) else None)
     mean, std = mean or (own.mean if own else None), std or (own.std if own else None)
     wanted = {
-        "--mean R G B --std R G B (on the scale 0..1; ImageNet's are 0.485 0.456 0.406 and 0.229 0.224 0.225; where the "
-        "file normalises by itself, 0 0 0 and 1 1 1)": mean is None or std is None,
+        "--mean R G B --std R G B (on the scale 0..1; ImageNet's are 0.485 0.456 0.406 and 0.229 0.224 0.225; where "
+        "the file normalises by itself, 0 0 0 and 1 1 1)": mean is None or std is None,
         "--size PIXELS": size is None,
     }
     if any(wanted.values()):
@@ -111,10 +109,8 @@ def load(
         raise ValueError(f"{path} takes pictures of {side} pixels and no others: leave out --size {size}")
     if own and own.num_classes != network.num_classes:
         raise ValueError(f"{path} has {network.num_classes} outputs, and its card says {own.num_classes} classes")
-    card = own or ModelCard(
-        architecture="onnx", num_classes=network.num_classes, size=size, mean=_three(mean), std=_three(std)
-    )
-    return network, dataclasses.replace(card, size=size, mean=_three(mean), std=_three(std))
+    card = own or ModelCard(architecture="onnx", num_classes=network.num_classes, size=size, mean=mean, std=std)
+    return network, dataclasses.replace(card, size=size, mean=mean, std=std)
 
 
 def open_session(path: Path, providers: Sequence[Any]) -> Any:
@@ -160,8 +156,3 @@ def _doors(session: Any, path: Path) -> tuple[list[int | str | None], int]:
 def _square(shape: Sequence[int | str | None]) -> bool:
     """Of sides that are not fixed, nothing is known; their names may differ."""
     return not (isinstance(shape[2], int) and isinstance(shape[3], int)) or shape[2] == shape[3]
-
-
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = values
-    return red, green, blue

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import nn
 
 from models import bit, onnx_network
 from models.architectures import check_name, create, default_cfg, zero_head
-from models.card import HEADER, ModelCard
+from models.card import HEADER, ModelCard, Triple
 
 _SUFFIXES = ".safetensors", ".npz"
 _PICKLES = ".pt", ".pth", ".ts", ".bin", ".ckpt", ".pkl", ".tar"
@@ -59,8 +59,8 @@ def load(
     architecture: str | None = None,
     num_classes: int | None = None,
     *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Triple | None = None,
+    std: Triple | None = None,
     size: int | None = None,
 ) -> tuple[nn.Module, ModelCard]:
     """Load a network in float32 on the CPU, in training mode as torch makes it, with its card.
@@ -103,9 +103,7 @@ def load(
         model.reset_classifier(num_classes)  # type: ignore[operator]
         zero_head(model)
         card = dataclasses.replace(card, num_classes=num_classes, data_set="")
-    return model, dataclasses.replace(
-        card, size=size or card.size, mean=tuple(mean or card.mean), std=tuple(std or card.std)
-    )
+    return model, dataclasses.replace(card, size=size or card.size, mean=mean or card.mean, std=std or card.std)
 
 
 def weights_digest(model: nn.Module) -> str:

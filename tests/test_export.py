@@ -1,4 +1,4 @@
-"""A finished run's student leaves for timm and as ONNX, with its card; an ONNX file or a folder comes back as a teacher.
+"""A finished run's student leaves for timm and as ONNX, with its card; an ONNX file or a folder returns as a teacher.
 
 Each file is read by a process that imports nothing of ours, and must say what the run's student says.
 """
@@ -31,7 +31,8 @@ WITH_TIMM = """
 import sys, numpy as np, timm, torch
 model = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
-assert config["input_size"] == (3, 32, 32) and config["mean"] == (0.5, 0.4, 0.3) and config["crop_pct"] == 0.8
+assert tuple(config["input_size"]) == (3, 32, 32) and tuple(config["mean"]) == (0.5, 0.4, 0.3), config
+assert (config["crop_pct"], config["crop_mode"], config["interpolation"]) == (0.8, "center", "bilinear"), config
 with torch.inference_mode():
     np.save(sys.argv[3], model(torch.from_numpy(np.load(sys.argv[2]))).numpy())
 assert not {"models", "funmatch", "views", "student_trainer"} & set(sys.modules)
