@@ -102,6 +102,8 @@ def prepare(
     if source is None and name != "digits":
         source = out.parent / f"{name}-source"
         download(name, source)
+    if source is not None and not source.is_dir():
+        raise ValueError(f"--source {source} is not a folder; give the one that holds the pictures or archives")
     with _staging(out) as staging:
         made = staging / "set"
         if skip_corrupt and (made / DATASET_FILE).exists():
@@ -164,6 +166,8 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, BrokenProcessPool) as error:
+        if os.environ.get("FUNMATCH_TRACEBACK"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -234,7 +238,8 @@ def _make(
     reports = _run(jobs, workers, total, progress)
     columns = columns_of(reports)
     if not len(columns["shard"]):
-        raise ValueError(f"not one picture of {source} decodes")
+        first = next(f"{name}: {reason}" for report in reports for name, reason in report.corrupt)
+        raise ValueError(f"not one picture of {source} decodes; the first: {first}")
     classes = classes or tuple(str(label) for label in range(int(columns["label"].max()) + 1))
     if int(columns["label"].max()) >= len(classes):
         raise ValueError(f"label {columns['label'].max()} is beyond the {len(classes)} classes of classes.txt")
@@ -390,8 +395,11 @@ def _same(index: Index, wanted: dict[str, Any], source: Path | None) -> bool:
 def _staging(out: Path) -> Iterator[Path]:
     """The folder OUT.partial, ours alone; removed at the end unless a set waits in it for permission."""
     staging = out.with_name(f"{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(staging)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(staging)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made ({error.strerror}: {error.filename}); choose another --out") from error
     try:
         yield staging
     except CorruptPictures:

@@ -69,6 +69,10 @@ def main() -> None:
 
     expected = ValueError, OSError, TeacherError, TeacherDiedError, StoreGoneError, PictureError, NonFiniteLossError
     try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _give_up(rank, f"--run-dir {config.run_dir} cannot be made ({error.strerror}); choose another folder", error)
+    try:
         with world.join(config.device) as processes:
             if is_tiny:
                 if processes.is_main:

@@ -2,13 +2,15 @@
 
 Exit codes: 0 drained as asked, 2 a setting or file is wrong, 3 the start-up gate refused, 4 model or device broke or
 hung, 5 no GPU is free. The first SIGTERM (or SIGINT) drains: NOT_SERVING, requests in progress finish, and the
-process ends within --drain-s and 5 seconds. The second ends at once.
+process ends within --drain-s and 5 seconds. The second ends at once. FUNMATCH_TRACEBACK=1 in the environment logs where
+an error came from.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from dataclasses import replace
@@ -31,8 +33,8 @@ _WRONG, _REFUSED, _BROKEN, _NO_GPU = 2, 3, 4, 5
 def main() -> int:
     """Serve until told to stop; returns the exit code."""
     events.set_up()
+    config = tyro.cli(Config, description=__doc__)
     try:
-        config = tyro.cli(Config, description=__doc__)
         events.set_up(config.log_format)
         _yield_idle_cores()
         if config.claim_gpu is not None:
@@ -44,7 +46,7 @@ def main() -> int:
     except NoFreeGpuError as error:
         return _give_up(error, _NO_GPU)
     except ValueError as error:
-        return _give_up(error, _WRONG)
+        return _give_up(error, _WRONG, _if_taken(config.address) if "(--address)" in str(error) else "")
     _end_on_signals(server)
     if config.exit_when_stdin_closes:
         threading.Thread(target=_end_with_stdin, args=(server,), name="stdin", daemon=True).start()
@@ -104,9 +106,21 @@ def _serve(server: Server, address_file: Path | None, address: str) -> int:
     return _BROKEN if server.broken else 0
 
 
-def _give_up(error: Exception, code: int) -> int:
-    events.event("gave_up", exit_code=code, reason=str(error))
+def _give_up(error: Exception, code: int, cure: str = "") -> int:
+    if os.environ.get("FUNMATCH_TRACEBACK"):
+        events.failure("where_it_happened")
+    events.event("gave_up", exit_code=code, reason=f"{error}{cure}")
     return code
+
+
+def _if_taken(address: str) -> str:
+    """What to do about an address where somebody listens already; "" where nobody does."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+    except (OSError, ValueError):
+        return ""
+    return "; somebody listens there already: end that, or choose another --address (port 0: any free one)"
 
 
 def _end_on_signals(server: Server) -> None:
