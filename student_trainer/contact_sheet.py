@@ -1,4 +1,4 @@
-"""One picture of the first batch, as student and teacher saw it: `first_batch.png`.
+"""Views as pictures on one sheet: the first batch as student and teacher saw it, `first_batch.png`, or any step's.
 
 Most bugs of a distillation pipeline are visible here and nowhere else: another crop, a missing flip, swapped
 channels, mixing with the wrong partner. Every row of the batch is a card: the student's view, the teacher's
@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 _TILE = 160  # pixels; views of any size are shown at this one, side by side
 _GAP, _MARGIN, _LINE = 4, 20, 18
 _INK, _FAINT, _PAPER = (33, 33, 33), (117, 117, 117), (255, 255, 255)
+_BOX, _EMPTY = (213, 94, 0), (238, 238, 238)
 
 Tiles = list[tuple[str, NDArray[np.uint8]]]
 
@@ -47,7 +48,7 @@ def first_batch_sheet(
         title: one line on top.
         max_rows: at most so many rows are shown.
     """
-    columns: list[tuple[str, NDArray[np.uint8]]] = [("student", student_views)]
+    columns: Tiles = [("student", student_views)]
     for name, views in (
         ("teacher", teacher_views),
         ("student, mixed", _bytes(student_mixed)),
@@ -57,9 +58,33 @@ def first_batch_sheet(
             columns.append((name, views))
     _check(columns, captions)
     shown = min(len(student_views), max_rows)
-    cards = [_card([(name, views[row]) for name, views in columns], captions[row]) for row in range(shown)]
+    titles = [f"{name}  {views.shape[1]} px" for name, views in columns]
+    cards = [
+        _card([(title, views[row]) for title, (_, views) in zip(titles, columns, strict=True)], captions[row])
+        for row in range(shown)
+    ]
     note = f"{shown} of {len(student_views)} rows" if shown < len(student_views) else f"{shown} rows"
     _sheet(cards, title, note).save(path, format="PNG")
+
+
+def step_sheet(path: Path, cards: Sequence[tuple[Tiles, str]], title: str, note: str) -> None:
+    """Write a sheet of cards, each of pictures uint8 [S, S, 3] with a word above, and a caption; as a PNG."""
+    _sheet([_card(tiles, caption) for tiles, caption in cards], title, note).save(path, format="PNG")
+
+
+def with_box(picture: Image.Image, box: Sequence[int]) -> NDArray[np.uint8]:
+    """A whole picture on a square tile, with a box (y, x, h, w) of its pixels drawn: uint8 [S, S, 3]."""
+    scale = _TILE / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    left, top = (_TILE - width) // 2, (_TILE - height) // 2
+    tile = Image.new("RGB", (_TILE, _TILE), _EMPTY)
+    tile.paste(picture.resize((width, height)), (left, top))
+    y, x, h, w = (scale * value for value in box)
+    corners = (left + x, top + y, left + max(x + 1, x + w - 1), top + max(y + 1, y + h - 1))
+    draw = ImageDraw.Draw(tile)
+    draw.rectangle(corners, outline=_PAPER, width=3)
+    draw.rectangle(corners, outline=_BOX, width=2)
+    return np.asarray(tile)
 
 
 def _check(columns: Tiles, captions: Sequence[str]) -> None:
@@ -86,7 +111,7 @@ def _card(tiles: Tiles, caption: str) -> Image.Image:
     draw = ImageDraw.Draw(card)
     for column, (name, pixels) in enumerate(tiles):
         x = column * (_TILE + _GAP)
-        draw.text((x, 0), f"{name}  {pixels.shape[0]} px", fill=_FAINT, font=_font(11))
+        draw.text((x, 0), name, fill=_FAINT, font=_font(11))
         # Nearest: a sheet that smooths would hide exactly the differences it is there to show.
         tile = Image.fromarray(pixels).resize((_TILE, _TILE), Image.Resampling.NEAREST)
         card.paste(tile, (x, _LINE))

@@ -1,20 +1,28 @@
-"""What a run leaves in its folder beside its record (metrics.py) and its checkpoints (checkpoint.py).
+"""A run's folder: its layout, which stays as it is, and the files that are written here.
 
     config.json          the settings, resolved             at each start
     run.json             what the settings do not say       at each start
     first_batch.png      views as student and teacher saw   with the first step of each start
+    metrics.jsonl        the record: a JSON object a line   as it goes on (metrics.py)
+    tensorboard/         the same numbers for TensorBoard   as it goes on (metrics.py)
+    checkpoints/         step_00001200.pt, the newest two   every --checkpoint_every steps (checkpoint.py)
+    teacher.log          what a teacher beside the run says while there is one; the next ones' teacher_1.log, ...
     model.safetensors    the student                        at the end
-    summary.json         the last numbers; written last: a folder that has it is of a finished run
-    report.png           the curves
+    summary.json         the last numbers                   at the end: a folder that has it is of a finished run
+    report.png           the curves                         at the end, and by `funmatch report`
+    report.html          the page                           by `funmatch report`, also while the run goes on
+    curves.png           the page's curves                  likewise
 
-Reading it back is record.py's. Rejected: one file for all; each of these is whole by itself, whenever the run is
-killed.
+Nothing else is written there. What a later version adds gets a name of its own; a name that is here keeps its meaning.
+Reading a folder back is record.py's. Rejected: one file for all; each of these is whole by itself, whenever the run is
+killed or read.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +49,7 @@ def write_facts(
     config: Config, student: nn.Module, who: Sequence[pb.Description], num_train: int, total_steps: int
 ) -> None:
     """config.json, and run.json with what that does not say and a report needs."""
-    (config.run_dir / "config.json").write_text(json.dumps(settings(config), indent=1) + "\n")
+    _write_whole(config.run_dir / "config.json", settings(config))
     facts = {
         "num_train": num_train,
         "num_classes": getattr(student, "num_classes", None),
@@ -49,7 +57,14 @@ def write_facts(
         "steps": total_steps,
         "teacher": [MessageToDict(one, preserving_proto_field_name=True) for one in who],
     }
-    (config.run_dir / "run.json").write_text(json.dumps(facts, indent=1) + "\n")
+    _write_whole(config.run_dir / "run.json", facts)
+
+
+def _write_whole(path: Path, what: dict[str, Any]) -> None:
+    """As JSON, and never half of it: a report may read while this writes."""
+    half = path.with_suffix(".tmp")
+    half.write_text(json.dumps(what, indent=1) + "\n")
+    half.replace(path)
 
 
 def draw_first_batch(config: Config, batch: Batch, asked: Rows, audits: Sequence[ViewAudit]) -> None:
@@ -64,7 +79,9 @@ def draw_first_batch(config: Config, batch: Batch, asked: Rows, audits: Sequence
     ]
     theirs = audits[0].sheet(Lesson(batch.lesson.step, batch.rows, asked), num) if audits else None
     path = config.run_dir / "first_batch.png"
-    first_batch_sheet(path, own[:num].numpy(), theirs, captions, student_mixed=mixed.permute(0, 2, 3, 1).numpy())
+    half = path.with_suffix(".tmp")  # a report of a run that goes on must not read half a picture
+    first_batch_sheet(half, own[:num].numpy(), theirs, captions, student_mixed=mixed.permute(0, 2, 3, 1).numpy())
+    half.replace(path)
 
 
 def finish(
@@ -75,7 +92,7 @@ def finish(
     if world.is_main:
         models.save(config.run_dir / "model.safetensors", student, card)
         summary = _summary(config, total_steps)
-        (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        _write_whole(config.run_dir / "summary.json", summary)
         report.draw(config.run_dir)
     return world.broadcast_object(summary)
 

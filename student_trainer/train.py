@@ -15,7 +15,6 @@ import logging
 import math
 import secrets
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +23,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import models
 from data_prep.index import Index
@@ -34,6 +32,7 @@ from student_trainer.config import FREE_ON_RESUME, Config, settings
 from student_trainer.evaluate import Evaluation
 from student_trainer.exporter import Exporter
 from student_trainer.fleet import Audit, Fleet, TeacherError
+from student_trainer.live import follow
 from student_trainer.loader import Lesson, Source, run_ahead
 from student_trainer.logit_store import StoreGoneError
 from student_trainer.loss import agreement, distillation_loss, entropy, kl_divergence, mixup_cross_entropy, one_teacher
@@ -217,15 +216,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
 
         batches = run_ahead(source, map(lesson, range(first_step, total_steps)), config.prefetch)
         cleanup.callback(batches.close)
-        progress = cleanup.enter_context(
-            tqdm(
-                total=total_steps,
-                initial=first_step,
-                unit="step",
-                disable=not world.is_main,
-                mininterval=1.0 if sys.stderr.isatty() else 10.0,
-            )
-        )
+        progress = cleanup.enter_context(follow(config, world, first_step, total_steps, met))
         labels = torch.from_numpy(np.array(index.label)) if config.targets == "labels" else None
         buffers = list(student.buffers())  # batch statistics: a forward pass changes them, updated or not
         kept_buffers = [buffer.clone() for buffer in buffers]
@@ -334,19 +325,20 @@ def train(config: Config, world: World) -> dict[str, Any]:
             if seen:
                 line["view_mismatch"] = world.all_max(torch.tensor(max(seen), device=world.device)).item()
             last_time = now
-            progress.set_postfix(_postfix(line), refresh=False)
-            progress.update()
+            progress.step(done, line)
 
             # ---- evaluate ----------------------------------------------------------------------------------
             evaluate = evaluation_is_due(done)
             if evaluate:
+                progress.doing("evaluating")
                 try:
                     line |= evaluation.run(student)
                 except TeacherError:
                     metrics.write(done, line) if metrics else None
                     save(done)
                     raise
-                progress.write(_evaluation_line(done, line)) if world.is_main else None
+                progress.evaluated(done, line)
+                progress.say(_evaluation_line(done, line))
                 last_time = time.monotonic()
             if metrics and (evaluate or "view_mismatch" in line or step % config.log_every == 0):
                 metrics.write(done, line)
@@ -447,11 +439,6 @@ def _introduce(
     world.barrier()
     begin = f"going on from step {first_step}" if first_step else "from the beginning"
     world.say(f"{total_steps} steps of {config.optim.batch_size} rows, {begin}; everything goes to {config.run_dir}")
-
-
-def _postfix(line: dict[str, Any]) -> dict[str, str]:
-    shown = {"loss": f"{line['loss']:.4f}", "img/s": f"{line['images_per_s']:.0f}"}
-    return shown | {"teacher wait": f"{1000 * line['teacher_wait_s']:.0f}ms"}
 
 
 def _evaluation_line(step: int, line: dict[str, Any]) -> str:
