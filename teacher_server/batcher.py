@@ -5,6 +5,9 @@ takes what is there: clients in fair order (fair_queue.py), a client's requests 
 rows split over batches where they do not fit. There is no artificial delay: trainers keep several requests in
 flight, so batches fill by themselves, and a delay of 0, 5 or 20 ms gave the same throughput when it was measured.
 
+A model on a device of its own may be given the next batch while one runs, so that the device never waits for Python.
+It is, when a whole batch waits: one that would have to be padded may still be filled.
+
 Places are *reserved* before any picture is read, so that what waits is bounded in memory, and an overload is an
 answer and not a growing heap. They are shared between clients, too (shares.py).
 
@@ -42,8 +45,10 @@ class Part(Generic[P]):
     stop: int
 
 
-Run = Callable[[Sequence[Part[P]]], NDArray[np.float32]]
-"""Answers [rows of all parts in their order, K] float32."""
+Wait = Callable[[], NDArray[np.float32]]
+Run = Callable[[Sequence[Part[P]]], NDArray[np.float32] | Wait]
+"""Answers [rows of all parts in their order, K] float32; or begins, and returns what waits for the answers: the next
+batch may be begun before that is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,15 @@ class Launch:
     """On the model."""
     waits_s: Sequence[float]
     """Of requests whose first rows were in it: from submit to launch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun(Generic[P]):
+    """A batch that the model has."""
+
+    batch: list[tuple[Ticket[P], Part[P]]]
+    began: float
+    wait: Wait
 
 
 class Batcher(Generic[P]):
@@ -90,7 +104,9 @@ class Batcher(Generic[P]):
         self._tickets: set[Ticket[P]] = set()
         self._seconds_per_row: float | None = None
         self._closing = ""  # why
-        self._running = False
+        self._num_running = 0  # batches that the model has: one, or two
+        self._waiting_rows = 0  # of tickets in the queue, settled or not
+        self._last_answer = 0.0  # when it came
         self.num_ended = 0
         """Batches that came to their end, good or bad: a sign of life."""
         self.consecutive_failures = 0
@@ -111,7 +127,7 @@ class Batcher(Generic[P]):
     @property
     def at_work(self) -> bool:
         """Whether the model runs, or rows wait for it."""
-        return self._running or len(self._queue) > 0
+        return self._num_running > 0 or len(self._queue) > 0
 
     def reserve(self, num_rows: int, client: str = "") -> Ticket[P]:
         """Take a place for a request of so many rows, before anything is spent on it.
@@ -170,6 +186,7 @@ class Batcher(Generic[P]):
     def _enqueue(self, ticket: Ticket[P]) -> None:
         with self._changed:
             self._queue.push(ticket.client, ticket)
+            self._waiting_rows += ticket.num_rows
             self._changed.notify_all()
 
     def _give_back(self, ticket: Ticket[P]) -> None:
@@ -180,25 +197,31 @@ class Batcher(Generic[P]):
                 self._changed.notify_all()
 
     def _work(self) -> None:
+        begun: _Begun[P] | None = None
         while True:
-            batch = self._next_batch()
-            if batch is None:
+            batch = self._next_batch(wait=begun is None)
+            if batch is None and begun is None:
                 return
-            self._launch(batch)
-            self._running = False
-            self.num_ended += 1
+            following = None if batch is None else self._begin(batch)
+            if begun is not None:
+                self._finish(begun)
+            begun = following
 
-    def _next_batch(self) -> list[tuple[Ticket[P], Part[P]]] | None:
-        """Wait for rows and take those whose turn it is; None when closed and nobody is left."""
+    def _next_batch(self, *, wait: bool) -> list[tuple[Ticket[P], Part[P]]] | None:
+        """Take rows whose turn it is. None when closed and nobody is left.
+
+        Without waiting, None at once if there is no whole batch.
+        """
         with self._changed:
-            while True:
+            while wait or self._waiting_rows >= self._batch_rows:
                 batch = self._take()
                 if batch:
-                    self._running = True
+                    self._num_running += 1
                     return batch
-                if self._closing and not self._tickets:
+                if not wait or (self._closing and not self._tickets):
                     return None
                 self._changed.wait()
+            return None
 
     def _take(self) -> list[tuple[Ticket[P], Part[P]]]:
         batch: list[tuple[Ticket[P], Part[P]]] = []
@@ -206,6 +229,7 @@ class Batcher(Generic[P]):
         while room and (ticket := self._queue.first()) is not None:
             if ticket.settled:  # withdrawn, or failed in an earlier batch
                 self._queue.serve(0, done=True)
+                self._waiting_rows -= ticket.num_rows - ticket._num_launched
                 continue
             start = ticket._num_launched
             stop = min(start + room, ticket.num_rows)
@@ -213,32 +237,57 @@ class Batcher(Generic[P]):
             batch.append((ticket, Part(ticket._payload, start, stop)))
             ticket._num_launched = stop
             room -= stop - start
+            self._waiting_rows -= stop - start
             self._queue.serve(stop - start, done=stop == ticket.num_rows)
         return batch
 
-    def _launch(self, batch: list[tuple[Ticket[P], Part[P]]]) -> None:
-        parts = [part for _, part in batch]
-        num_rows = sum(part.stop - part.start for part in parts)
+    def _begin(self, batch: list[tuple[Ticket[P], Part[P]]]) -> _Begun[P] | None:
+        """Give a batch to the model; None if it has been answered, or has failed, already."""
         began = time.monotonic()
         try:
-            answers = self._run(parts)
+            answers = self._run([part for _, part in batch])
+        except Exception as error:  # whatever a model can raise must not end the thread that runs it
+            self._fail(batch, error)
+            return None
+        if callable(answers):
+            return _Begun(batch, began, answers)
+        self._finish(_Begun(batch, began, lambda: answers))
+        return None
+
+    def _finish(self, begun: _Begun[P]) -> None:
+        """Wait for a batch's answers and deliver them."""
+        batch = begun.batch
+        num_rows = sum(part.stop - part.start for _, part in batch)
+        try:
+            answers = begun.wait()
             if len(answers) != num_rows:
                 raise AssertionError(f"the model answered {len(answers)} rows of {num_rows}")
-        except DeviceError as error:
-            self._break(error)
-            return
-        except Exception as error:  # whatever a model can raise must not end the thread that runs it
-            self.consecutive_failures += 1
-            for ticket, _ in batch:
-                ticket._settle(_caused(ModelError(f"the model failed: {error}"), error))
+        except Exception as error:
+            self._fail(batch, error)
             return
         self.consecutive_failures = 0
-        seconds = time.monotonic() - began
+        now = time.monotonic()
+        seconds = now - max(begun.began, self._last_answer)  # without its wait for the batch before it
+        self._last_answer = now
         self._remember_speed(seconds / num_rows)
         _deliver(batch, answers)
         if self._on_launch is not None:
-            waits_s = [began - ticket._submitted for ticket, part in batch if part.start == 0]
+            waits_s = [begun.began - ticket._submitted for ticket, part in batch if part.start == 0]
             self._on_launch(Launch(num_rows, seconds, waits_s))
+        self._end()
+
+    def _fail(self, batch: list[tuple[Ticket[P], Part[P]]], error: Exception) -> None:
+        if isinstance(error, DeviceError):
+            self._break(error)
+        else:
+            self.consecutive_failures += 1
+            for ticket, _ in batch:
+                ticket._settle(_caused(ModelError(f"the model failed: {error}"), error))
+        self._end()
+
+    def _end(self) -> None:
+        self._num_running -= 1
+        self.num_ended += 1
 
     def _break(self, error: DeviceError) -> None:
         self.abandon(f"this teacher's device is broken: {error}")

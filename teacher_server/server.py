@@ -138,7 +138,7 @@ class Server:
     def _make_desk(self, loaded: Loaded) -> Desk:
         teacher, description = loaded.teacher, loaded.description
         batcher: Batcher[Scene] = Batcher(
-            teacher.answer,
+            teacher.begin if teacher.device.type == "cuda" else teacher.answer,
             batch_rows=teacher.batch_rows,
             max_pending_rows=self._config.max_pending_rows,
             on_launch=self._metrics.launched,

@@ -350,3 +350,70 @@ def test_a_batch_is_reported_with_its_rows_and_how_long_its_requests_waited(make
 def test_impossible_bounds_are_refused(batch_rows, max_pending_rows):
     with pytest.raises(ValueError, match="batch_rows"):
         Batcher(lambda parts: np.zeros((0, 1)), batch_rows=batch_rows, max_pending_rows=max_pending_rows)
+
+
+class DeviceModel(Model):
+    """Begins a batch at once, and answers it when it is waited for."""
+
+    def __call__(self, parts: list[Part[np.ndarray]]):
+        self.batches.append([tuple(part.payload[part.start : part.stop].tolist()) for part in parts])
+        self.started.put(None)
+
+        def wait() -> np.ndarray:
+            rows = np.concatenate([part.payload[part.start : part.stop] for part in parts])
+            self.permit.acquire()
+            if self.fail_on is not None and self.fail_on in rows:
+                raise RuntimeError("out of memory")
+            return np.stack([rows * 2, rows], axis=1).astype(np.float32)
+
+        return wait
+
+
+def test_a_device_is_given_the_next_whole_batch_while_one_runs_and_none_that_could_still_be_filled(make):
+    model = DeviceModel(permits=0)
+    batcher = make(model, batch_rows=4)
+    with batcher.reserve(10) as large, batcher.reserve(2) as small:
+        large.submit(payload(0, 10))
+        model.started.get()
+        model.started.get()  # two are begun, none is answered
+        assert batcher.at_work
+        model.permit.release()
+        time.sleep(0.05)
+        assert len(model.batches) == 2, "half a batch was begun while another one ran"
+        small.submit(payload(20, 2))
+        model.permit.release(10)
+        assert large.result()[:, 1].tolist() == list(range(10))
+        assert small.result()[:, 1].tolist() == [20, 21]
+    assert model.batches == [[(0, 1, 2, 3)], [(4, 5, 6, 7)], [(8, 9), (20, 21)]]
+
+
+def test_a_batch_that_fails_on_the_device_fails_its_own_requests_alone(make):
+    model = DeviceModel(permits=0)
+    model.fail_on = 1
+    batcher = make(model, batch_rows=4)
+    with batcher.reserve(4) as bad, batcher.reserve(4) as good:
+        bad.submit(payload(0, 4))
+        model.started.get()
+        good.submit(payload(10, 4))
+        model.permit.release(10)
+        with pytest.raises(ModelError, match="out of memory"):
+            bad.result()
+        assert good.result()[:, 1].tolist() == [10, 11, 12, 13]
+
+
+def test_a_device_that_breaks_while_two_batches_are_on_it_ends_both(make):
+    def begin(parts):
+        def wait():
+            raise DeviceError("the device is gone")
+
+        return wait
+
+    broken = []
+    batcher = Batcher(begin, batch_rows=4, max_pending_rows=100, on_broken=broken.append)
+    with batcher.reserve(8) as ticket:
+        ticket.submit(payload(0, 8))
+        with pytest.raises(ClosedError, match="the device is gone"):
+            ticket.result()
+    assert batcher.close(10)
+    assert broken
+    assert not batcher.at_work
