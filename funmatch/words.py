@@ -110,11 +110,18 @@ WORDS = {
         module="funmatch.export",
         needs=("torch", "timm"),
         extra="export",
-        example="funmatch export runs/flowers102 --out exported",
+        example="funmatch export runs/flowers102 --out exported/flowers102 --onnx",
+        more="RUN               the folder of a finished run; needed\n"
+        "--out DIR         folder to make, which must not exist; needed\n"
+        "--onnx            model.onnx too. Default: no\n"
+        "--only-onnx       model.onnx and nothing for timm. Default: no",
+        says_more=False,
     ),
     "completion": Word(
         does="print what makes TAB complete these words and their settings, for bash, zsh or fish",
         module="funmatch.completion",
-        example='eval "$(funmatch completion bash)"',
+        example="funmatch completion bash > ~/.local/share/bash-completion/completions/funmatch",
+        more="A few seconds: once, and anew after an upgrade.",
+        says_more=False,
     ),
 }

@@ -163,7 +163,10 @@ MISTAKES = {
     "shards that rotted": (TRAIN + "--data rotten --targets labels", "re-reads a data set; prepare it anew"),
     "a split that is not there": (TRAIN + "--data.evaluate test", "has no split 'test'; it has ['train', 'val']"),
     "a GPU that is not there": (TRAIN + "--device cuda", "or use --device cpu"),
-    "a folder that cannot be": (TRAIN + "--run-dir file/new", "cannot be made (Not a directory); choose another folder"),
+    "a folder that cannot be": (
+        TRAIN + "--run-dir file/new",
+        "cannot be made (Not a directory); choose another folder",
+    ),
     "no teacher": (TRAIN + "--teacher.model", "give the addresses of running ones (--teacher HOST:PORT)"),
     "a teacher that is not reachable": (TRAIN + "--teacher 127.0.0.1:1", "127.0.0.1:1"),
     "an address that is none": (TRAIN + "--teacher localhost", "give HOST:PORT, unix:/PATH or dns:///NAME:PORT"),
@@ -198,7 +201,9 @@ def test_a_run_does_not_go_on_with_other_settings_data_or_teachers(desk: Desk, t
         ("--teacher {first} --optim.lr 0.5", "optim.lr: 0.003 in the checkpoint, 0.5 now"),
         ("--teacher {second}", "in the checkpoint"),
     ):
-        (tmp_path / "summary.json").unlink(missing_ok=True)  # of a finished run the numbers are said again, whoever asks
+        (tmp_path / "summary.json").unlink(
+            missing_ok=True
+        )  # of a finished run the numbers are said again, whoever asks
         code, said = desk.say(train + other)
         assert (code, "Traceback" in said) == (1, False)
         assert sentence in said
