@@ -23,14 +23,14 @@ from student_trainer.contact_sheet import Tiles, step_sheet, with_box
 _ORIGINAL = 320  # pixels of the longer side of an original on the page
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 1.5em auto; padding: 0 1em }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1270px; margin: 1.5em auto; padding: 0 1em }
 h1 { font-size: 1.4em; margin-bottom: .2em } h2 { font-size: 1.05em; margin: 0 0 .6em } h2 small { color: #555;
 font-weight: normal } .note { color: #555 } .bad { color: #b00020; font-weight: 600 } .good { color: #00694e }
-article { border-top: 1px solid #ccc; padding: 1em 0 } .sides { display: flex; flex-wrap: wrap; gap: .9em 1.8em }
+article { border-top: 1px solid #ccc; padding: 1em 0 } .sides { display: flex; flex-wrap: wrap; gap: .9em 1.4em }
 .side { margin: 0 } .side > p { margin: 0 0 .3em; color: #555 } .strip { display: flex; flex-wrap: wrap; gap: .5em }
-figure { margin: 0; width: 148px } figure img, figure svg { width: 100%; height: auto; display: block;
+figure { margin: 0; width: 138px } figure img, figure svg { width: 100%; height: auto; display: block;
 image-rendering: pixelated } figcaption { font-size: 12px; line-height: 1.35; color: #444; margin-top: .25em }
-code { font-size: 11px; overflow-wrap: anywhere } .dot { font-size: 12px }
+code { font-size: 11px; overflow-wrap: anywhere }
 @media (max-width: 520px) { .strip { gap: .4em } figure { width: calc((100vw - 2em - 1.2em) / 3) } }
 """
 
@@ -82,22 +82,35 @@ def _article(seen: Seen, row: int) -> str:
         mixed += f" + {1 - lam:.1%} of sample {student.rows.sample[partner]}, &lambda; = {lam:.6f}"
     else:
         mixed = f"sample {student.rows.sample[own]}, not mixed"
-    sides = "".join(_side(seen, look, row) for look in seen.looks)
+    sides = "".join([
+        *(_originals(seen, look, row) for look in _telling_apart(seen.looks)),
+        *(_renderings(look, row) for look in seen.looks),
+    ])  # fmt: skip
     return (
         f'<article><h2>row {seen.first_row + row} <small>{mixed}</small></h2><div class="sides">{sides}</div></article>'
     )
 
 
-def _side(seen: Seen, look: Look, row: int) -> str:
-    """Originals with the boxes, each view alone, and what the network sees."""
-    partner = int(look.rows.partner[row])
-    views = [row] if partner == row else [row, partner]
-    figures = [_original(seen, look, view) for view in views]
-    figures += [_view(look, view) for view in views]
-    if partner != row:
+def _originals(seen: Seen, look: Look, row: int) -> str:
+    figures = [_original(seen, look, view) for view in _views(look, row)]
+    return _side("where it looks" if look is seen.looks[0] else f"where {look.name} looks", figures)
+
+
+def _renderings(look: Look, row: int) -> str:
+    """Each view alone, and what the network sees."""
+    figures = [_view(look, view) for view in _views(look, row)]
+    if len(figures) > 1:
         figures.append(_figure(_png(look.mixed[row]), "mixed: what the network sees"))
-    said = f"{html.escape(look.name)}, {look.size} px"
-    return f'<div class="side"><p>{said}</p><div class="strip">{"".join(figures)}</div></div>'
+    return _side(f"{look.name}, {look.size} px", figures)
+
+
+def _views(look: Look, row: int) -> list[int]:
+    """A row's own view and its partner's."""
+    return list(dict.fromkeys((row, int(look.rows.partner[row]))))
+
+
+def _side(words: str, figures: Sequence[str]) -> str:
+    return f'<div class="side"><p>{html.escape(words)}</p><div class="strip">{"".join(figures)}</div></div>'
 
 
 def _original(seen: Seen, look: Look, view: int) -> str:
@@ -160,10 +173,9 @@ def _card(seen: Seen, row: int) -> tuple[Tiles, str]:
     partner = int(student.partner[row])
     tiles: Tiles = []
     for look in _telling_apart(seen.looks):
-        views = list(dict.fromkeys((row, int(look.rows.partner[row]))))
         tiles += [
             (f"sample {look.rows.sample[view]}", with_box(_picture(seen.index, int(look.rows.sample[view])),
-                                                          look.rows.box[view].tolist())) for view in views
+                                                          look.rows.box[view].tolist())) for view in _views(look, row)
         ]  # fmt: skip
     for look in seen.looks:
         word = look.name.removeprefix("the ")

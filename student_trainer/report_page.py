@@ -8,16 +8,19 @@ from __future__ import annotations
 import base64
 import html
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from student_trainer import metrics
 from student_trainer.config import settings
 from student_trainer.curves import draw_curves
 from student_trainer.recipes import RECIPES
 from student_trainer.record import Run, differing, evaluated, groups, unit_of
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em;
+overflow-wrap: break-word }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .25em .8em; text-align: right }
@@ -25,6 +28,7 @@ th { border-bottom: 1px solid #999; font-weight: 600 } td:first-child, th:first-
 tr:nth-child(even) td { background: #f6f6f6 } img { max-width: 100% } .note { color: #666 } .wide { overflow-x: auto }
 """
 
+_SILENT_S = 300.0  # an evaluation may take so long, and longer steps ten times their time
 _NAMED_CHANGES = 3  # settings that the table of results names; the others are counted
 
 
@@ -42,8 +46,9 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     title = ", ".join(dict.fromkeys(str(run.settings.get("recipe", run.folder.name)) for run in runs))
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        f'<p class="note">{len(runs)} run{"s" if len(runs) > 1 else ""}; made by '
+        f'<p class="note">{len(runs)} run{"s" if len(runs) > 1 else ""}, {time.strftime("%Y-%m-%d %H:%M %Z")}; made by '
         f"<code>python -m student_trainer.report {html.escape(' '.join(map(str, folders)))}</code></p>",
+        *(_going_on(run, name) for run, name in zip(runs, names, strict=True) if not run.finished),
         f"<h2>Against {unit_of(runs)}s</h2>",
         _image(out / "curves.png", f"accuracy, agreement and KL against {unit_of(runs)}s"),
         *_about_epochs(runs, names),
@@ -59,11 +64,35 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     ]
     page = out / "report.html"
     page.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n",
         encoding="utf-8",
     )
     return page
+
+
+def _going_on(run: Run, name: str) -> str:
+    """How far an unfinished run has come, and whether anybody still writes its record."""
+    total, rate, batch = run.facts.get("steps"), run.median("images_per_s"), run.settings.get("optim.batch_size")
+    record = run.folder / metrics.FILE
+    silent_s = time.time() - record.stat().st_mtime if record.exists() else None
+    words = f"{name}: step {run.steps:,}" + (f" of {total:,} ({run.steps / total:.1%})" if total else "")
+    if silent_s is None:
+        return _note(f"{words}; it has not begun to learn.")
+    usual_s = batch * run.settings.get("log_every", 1) / rate if rate and batch else 0.0
+    if silent_s > max(_SILENT_S, 10 * usual_s):
+        return _note(f"{words}; not finished, and silent for {silent_s / 60:,.0f} minutes: it was stopped, or waits.")
+    left = (
+        f", about {_time(batch * (total - run.steps) / rate)} to go without evaluations"
+        if rate and batch and total
+        else ""
+    )
+    return _note(f"{words}; it was going on when this page was written{left}. The page does not renew itself.")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} hours" if seconds > 2 * 3600 else f"{seconds / 60:,.0f} minutes"
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
