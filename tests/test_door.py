@@ -108,6 +108,7 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, capsys):
     assert "needs torch, not installed here: pip install 'funmatch[teacher]'" in capsys.readouterr().err
 
 
+@pytest.mark.suite
 def test_several_processes_end_with_the_sentence_of_a_rank_and_no_traceback(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text("import sys; sys.exit('rank 0: the sentence')")
@@ -137,6 +138,7 @@ def offered(script: str, *words: str) -> set[str]:
     return set(run.stdout.split())
 
 
+@pytest.mark.suite  # asks every word for its settings
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_bash_completes_words_settings_recipes_and_files():
     script = funmatch("completion", "bash").stdout

@@ -194,6 +194,7 @@ def test_a_mistake_gets_a_sentence_and_no_traceback(desk: Desk, mistake: str, tm
     assert "Traceback" not in said
 
 
+@pytest.mark.suite
 def test_a_run_does_not_go_on_with_other_settings_data_or_teachers(desk: Desk, tmp_path: Path) -> None:
     train = TRAIN.replace("{run}", str(tmp_path))
     assert desk.say(train + "--teacher {first}")[0] == 0
