@@ -117,6 +117,7 @@ def test_a_fast_wrong_logit_is_no_result(monkeypatch):
         next(gpu_forward.measure(TINY, 32, CPU, Machine(1e11, 1e10), rounds=1, burst_s=0, compiled=False))
 
 
+@pytest.mark.suite
 def test_rates_of_a_machine_are_those_of_a_product_and_a_copy():
     machine = Machine.measured(CPU, side=64, num_bytes=2**16)
     assert 1e6 < machine.flops < 1e13

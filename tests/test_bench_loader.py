@@ -93,6 +93,7 @@ def test_a_plan_of_a_billion_pictures_draws_rows_at_once_and_without_memory_for_
     assert rows.sample.max() > 10**8  # from all of them, not from the first
 
 
+@pytest.mark.suite
 def test_the_row_6_benchmark_runs():
     figures = list(loader.measure(quick=True))
     assert [one.row for one in figures] == ["6", "6"]

@@ -12,6 +12,7 @@ from student_trainer.fleet import Fleet
 from views.draw import Plan, ViewLaw
 
 
+@pytest.mark.suite
 def test_a_replica_is_measured_beside_its_network():
     (figure,) = service.measure(quick=True)
     assert figure.row == "3"
@@ -20,12 +21,14 @@ def test_a_replica_is_measured_beside_its_network():
     assert figure.judged == pytest.approx(figure.value / figure.alternative)
 
 
+@pytest.mark.suite
 def test_a_step_is_measured_beside_logits_in_memory():
     (figure,) = step.measure(quick=True)
     assert figure.row == "4"
     assert figure.judged == pytest.approx(figure.value / figure.alternative)
 
 
+@pytest.mark.suite
 def test_the_wire_is_counted_and_timed():
     figures = list(wire.measure(quick=True))
     bytes_a_row = {figure.name: figure for figure in figures if figure.row == "8"}

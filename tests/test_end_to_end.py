@@ -156,6 +156,7 @@ def ranks_of(run_dir: Path) -> list[int]:
     return found
 
 
+@pytest.mark.suite
 def test_a_teacher_killed_in_the_middle_and_started_again_changes_nothing(
     undisturbed, teachers, tiny_model, tiny_data, tmp_path
 ):

@@ -158,6 +158,7 @@ def test_what_cannot_be_known_is_asked_for(monkeypatch, tmp_path):
         plan.main(["--recipe", "digits/demo", *GIVEN, "--classes", "10"])
 
 
+@pytest.mark.suite
 def test_rates_that_nobody_gives_are_measured(monkeypatch, tmp_path, capsys):
     """Two teachers at two sizes and a student, tiny, with pictures that are really decoded."""
     monkeypatch.chdir(tmp_path)

@@ -27,16 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = [
     "pets/transfer",
     "food101/teacher",
-    *(name for name in RECIPES if name.startswith("flowers102/study/")),
+    "flowers102/study/fix_ic_ens",
+    "flowers102/study/ind_rc",
     "sun397/ood/imagenet",
     "imagenet/t224_s160/funmatch/300",
-    "imagenet/t384_s224/9600",
     "imagenet/ensemble/9600",
     "imagenet/mobilenetv3/gn/300",
-    "imagenet/mobilenetv3/bn_2t/300",
     "imagenet/bit_init/300",
     "imagenet/shampoo/funmatch/300",
-    "imagenet/labels/sgdm_mix/300",
     "digits/demo",
 ]
 

@@ -144,6 +144,7 @@ def undisturbed(hosts, tiny_data, tmp_path_factory) -> Path:
     return run_dir
 
 
+@pytest.mark.suite
 def test_a_cut_link_that_heals_changes_no_weight_of_a_run_on_two_hosts(hosts, undisturbed, tiny_data, tmp_path):
     found, told = hosts
     args = [*one_host_command(tiny_data, tmp_path / "run"), *told, "--teacher.deadline-s=3"]

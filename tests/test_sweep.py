@@ -195,6 +195,7 @@ def test_a_sweep_goes_on_with_its_own_settings_only(swept, tiny_data):
         opened(parse(command(tiny_data, run_dir, "--select-on=train")[3:]))
 
 
+@pytest.mark.suite
 def test_a_loss_that_is_no_number_is_a_result_and_another_failure_ends_the_sweep(tiny_data, tmp_path):
     """From labels, which needs no teacher and has no temperature."""
     labels = without_temperature(command(tiny_data, tmp_path / "run", "--targets=labels"))
@@ -284,6 +285,7 @@ def test_a_wrong_command_ends_with_a_sentence(args, sentence):
         parse(args)
 
 
+@pytest.mark.suite
 def test_ctrl_c_saves_the_trial_and_hands_it_back(tiny_data, tmp_path):
     args = without_temperature(command(tiny_data, tmp_path, "--targets=labels", f"--optim.epochs={999 * 16 / 18}"))
     process = start(args)
