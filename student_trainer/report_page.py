@@ -26,6 +26,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .25em .8em; text-align: right }
 th { border-bottom: 1px solid #999; font-weight: 600 } td:first-child, th:first-child { text-align: left }
 tr:nth-child(even) td { background: #f6f6f6 } img { max-width: 100% } .note { color: #666 } .wide { overflow-x: auto }
+@media (max-width: 800px) { .wide img { max-width: none; width: 800px } }
 """
 
 _SILENT_S = 300.0  # an evaluation may take so long, and longer steps ten times their time
@@ -52,7 +53,7 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
         f"<h2>Against {unit_of(runs)}s</h2>",
         _image(out / "curves.png", f"accuracy, agreement and KL against {unit_of(runs)}s"),
         *_about_epochs(runs, names),
-        "<h2>In the end</h2>",
+        f"<h2>{'In the end' if all(run.finished for run in runs) else 'So far'}</h2>",
         _finals(runs, names),
         *_missing(runs, names),
         "<h2>What differs</h2>",
@@ -92,7 +93,7 @@ def _going_on(run: Run, name: str) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} hours" if seconds > 2 * 3600 else f"{seconds / 60:,.0f} minutes"
+    return f"{seconds / 3600:,.1f} hours" if seconds > 2 * 3600 else f"{seconds / 60:,.1f} minutes"
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -201,7 +202,7 @@ def _note(text: str) -> str:
 
 def _image(path: Path, what: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{html.escape(what)}" src="data:image/png;base64,{data}"></p>'
+    return f'<div class="wide"><img alt="{html.escape(what)}" src="data:image/png;base64,{data}"></div>'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

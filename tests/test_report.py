@@ -1,6 +1,9 @@
 import dataclasses
 import json
 import math
+import os
+import re
+import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -342,3 +345,25 @@ def test_a_study_without_runs_is_refused_in_a_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--study", str(tmp_path)])
     assert "no runs" in capsys.readouterr().err
+
+
+def test_the_page_of_a_run_that_goes_on_says_how_far_it_is_and_one_that_stopped_how_long_it_has_been_silent(tmp_path):
+    going_on, stopped = (a_run(tmp_path / name, num_steps=20) for name in ("going_on", "stopped"))
+    for run in (going_on, stopped):
+        (run / "run.json").write_text(json.dumps({"num_train": 128, "steps": 80}))
+    hour_ago = time.time() - 3600
+    os.utime(stopped / "metrics.jsonl", (hour_ago, hour_ago))
+    main([str(going_on), str(stopped), "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "going_on: step 20 of 80 (25.0%); it was going on when this page was written, about 0.5 minutes" in text
+    assert "stopped: step 20 of 80 (25.0%); not finished, and silent for 60 minutes" in text
+    assert "So far" in text and "In the end" not in text
+
+
+def test_no_request_leaves_the_page(tmp_path):
+    run = a_run(tmp_path / "run")
+    Image.new("RGB", (20, 10)).save(run / "first_batch.png")
+    main([str(run)])
+    page = re.sub(r"base64,[A-Za-z0-9+/=]+", "base64,", (run / "report.html").read_text())
+    assert not re.findall(r"https?:|@import|url\(|<script|<link|<iframe", page)
+    assert set(re.findall(r'(?:src|href)="([^"]*)"', page)) == {"data:image/png;base64,"}
