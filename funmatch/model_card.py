@@ -58,16 +58,24 @@ def text(run: Run, card: ModelCard, seen: Preprocessing, classes: Sequence[str],
     parts = [
         f"{_FRONT}\n# {card.architecture}, distilled on {card.data_set or 'unnamed pictures'}",
         f"A {card.architecture} of {run.facts.get('parameters', 0):,} parameters and {card.num_classes} outputs, "
-        "trained by funmatch: student and teacher see the same views (function matching, Beyer et al., CVPR 2022).",
+        f"trained by funmatch {_how(run)}.",
         _table("Numbers", _numbers(run)),
         _table("Teacher and data", _origin(run, card)),
         _table("Recipe", {name: _plain(run.settings[name]) for name in _TOLD if name in run.settings}),
-        _feeding(card, seen),
+        _feeding(card, seen, antialias=bool(run.settings.get("student.antialias"))),
         _loading(card, tried),
         _outputs(classes),
         _LICENCE,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _how(run: Run) -> str:
+    if run.settings.get("targets") == "labels":
+        return "from labels"
+    views = str(run.settings.get("views.setting"))
+    same = ", each looking at the same views as the other (function matching)" if views.startswith("same/") else ""
+    return f"to answer as its teacher does{same}, after Beyer et al., CVPR 2022"
 
 
 def _numbers(run: Run) -> dict[str, str]:
@@ -91,7 +99,7 @@ def _origin(run: Run, card: ModelCard) -> dict[str, str]:
     }
 
 
-def _feeding(card: ModelCard, seen: Preprocessing) -> str:
+def _feeding(card: ModelCard, seen: Preprocessing, *, antialias: bool) -> str:
     cut = (
         "the whole picture, squashed to a square"
         if seen.crop_mode == "squash"
@@ -101,8 +109,8 @@ def _feeding(card: ModelCard, seen: Preprocessing) -> str:
         "## Preprocessing\n\n"
         f"RGB; {cut}; {card.size} x {card.size} pixels, {seen.interpolation}; divided by 255; less mean "
         f"{_plain(card.mean)}, over std {_plain(card.std)}. In training and in the numbers above, pictures were shrunk "
-        "without a low-pass filter and truncated to whole grey levels; timm's own transform filters, which changes "
-        "pixels a little, and predictions hardly."
+        f"{'with' if antialias else 'without'} a low-pass filter and truncated to whole grey levels. timm's own "
+        "transform filters and rounds: its pixels are a little different, and what that does to accuracy was not measured."
     )
 
 

@@ -78,7 +78,10 @@ def train(config: Config, world: World) -> dict[str, Any]:
         eval_index = Index.open(elsewhere) if elsewhere else index
         for of, split in ((index, config.data.train), (eval_index, config.data.evaluate)):
             if split not in of.splits:
-                raise ValueError(f"{of.root} has no split {split!r}; it has {list(of.splits)}")
+                raise ValueError(
+                    f"{of.root} has no split {split!r}; it has {list(of.splits)}. Choose one by --data.evaluate, or "
+                    "prepare own pictures with --hold-out 0.1, which makes a split val"
+                )
         if config.optim.batch_size % world.size:
             raise ValueError(f"--optim.batch_size {config.optim.batch_size} is no multiple of {world.size} processes")
         plan = Plan(
