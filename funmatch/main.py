@@ -65,7 +65,7 @@ def _open(name: str, word: Word, rest: Sequence[str]) -> int:
     return _become(command)
 
 
-def _become(command: Sequence[str]) -> NoReturn:
+def _become(command: list[str]) -> NoReturn:
     os.execv(command[0], command)  # noqa: S606  (no shell is what we want)
 
 

@@ -53,8 +53,9 @@ def check_ensemble(entries: Sequence[str], met: Sequence[Met]) -> Iterator[Findi
     for entry, one in zip(entries, met, strict=True):
         if one.description is None:
             continue
-        first = seen.setdefault(one.description.fingerprint, entry)
-        if first != entry:
+        first = seen.get(one.description.fingerprint)
+        seen.setdefault(one.description.fingerprint, entry)
+        if first is not None:
             says = f"{first} and {entry} are one and the same teacher, and were given as two"
             yield broken("teachers", says, f"commas between replicas: --teacher {first},{entry}")
 
@@ -83,7 +84,7 @@ def _ask(place: Place, credentials: Credentials, timeout_s: float) -> tuple[Find
             if health.status != health_pb2.HealthCheckResponse.SERVING:
                 says = f"{place.target} answers and does not serve: it loads, drains, or is broken"
                 return look("teacher", says, "wait for it, or read its log"), None
-            description = pb_grpc.TeacherStub(channel).Describe(
+            description = pb_grpc.TeacherStub(channel).Describe(  # type: ignore[no-untyped-call]
                 pb.DescribeRequest(), timeout=timeout_s, metadata=credentials.metadata()
             )
         except grpc.RpcError as error:

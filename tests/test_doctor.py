@@ -1,4 +1,4 @@
-"""`funmatch doctor` on planted faults, real ones where a test can plant them: each is found, said in a line, with a cure."""
+"""`funmatch doctor` on planted faults, real ones where a test can plant them: each is found, with a cure."""
 
 from __future__ import annotations
 
