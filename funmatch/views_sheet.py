@@ -125,7 +125,8 @@ def config_of(told: Mapping[str, Any], folder: Path) -> Config:
             + "; ".join([f"unknown here: {name}" for name in strange] + [f"not there: {name}" for name in lacking])
             + "): look at it with that version, or give --recipe and the settings"
         )
-    return _filled(base, told, "")
+    config: Config = _filled(base, told, "")
+    return config
 
 
 def _filled(part: Any, told: Mapping[str, Any], prefix: str) -> Any:
