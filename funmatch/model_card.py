@@ -110,7 +110,7 @@ def _feeding(card: ModelCard, seen: Preprocessing, *, antialias: bool) -> str:
         f"RGB; {cut}; {card.size} x {card.size} pixels, {seen.interpolation}; divided by 255; less mean "
         f"{_plain(card.mean)}, over std {_plain(card.std)}. In training and in the numbers above, pictures were shrunk "
         f"{'with' if antialias else 'without'} a low-pass filter and truncated to whole grey levels. timm's own "
-        "transform filters and rounds: its pixels are a little different, and what that does to accuracy was not measured."
+        "transform filters and rounds: its pixels differ a little, and what that does to accuracy was not measured."
     )
 
 
