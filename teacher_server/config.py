@@ -19,7 +19,7 @@ class Config:
     """Serve a frozen teacher's logits over gRPC."""
 
     model: str
-    """A .safetensors file, a BiT .npz file, an ONNX file, local-dir:DIR (a folder as `funmatch export` writes it), or by
+    """A .safetensors file, a BiT .npz file, an ONNX one, local-dir:DIR (a folder as `funmatch export` writes it), or by
     name and downloaded: bit:NAME (python -m models.zoo), timm's name of published weights, hf-hub:OWNER/NAME."""
     architecture: str | None = None
     """timm's name of the network, for weight files that do not say which they are."""
