@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # mkdocs runs in its own folder's name, not in the repository's
+sys.path.insert(0, str(ROOT))  # the mkdocs command has its own folder first on the path, not the repository's
 
 from student_trainer.recipes import RECIPES, Recipe  # noqa: E402
 
@@ -61,7 +61,8 @@ def recipe_table(section: str) -> str:
     """
     found = [recipe for recipe in RECIPES.values() if _section(recipe) == section]
     if not found:
-        raise ValueError(f"no recipe is of section {section!r}; there are {sorted(set(map(_section, RECIPES.values())))}")
+        known = sorted({_section(recipe) for recipe in RECIPES.values()})
+        raise ValueError(f"no recipe is of section {section!r}; there are {', '.join(known)}")
     head = ["recipe", "top-1, %", "epochs", "lr", "decay", "T", "student", "px", "what"]
     rows = [head, ["---"] + ["---:"] * 5 + ["---", "---:", "---"], *map(_row, found)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
