@@ -1,1 +1,9 @@
-"""Every performance claim, as a command."""
+"""Commands that measure; each prints its result. `python -m benchmarks.bench` runs those of docs/performance.md's table.
+
+Threads that spin at a barrier would steal the cores of whoever is measured beside them: as in both programs' mains, they
+sleep. It must be said before torch is imported, and a package is imported before its modules.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
