@@ -1,7 +1,7 @@
-"""Commands that measure; each prints its result. `python -m benchmarks.bench` runs those of docs/performance.md's table.
+"""Commands that measure; each prints its result. `python -m benchmarks.bench` runs those of docs/performance.md.
 
-Threads that spin at a barrier would steal the cores of whoever is measured beside them: as in both programs' mains, they
-sleep. It must be said before torch is imported, and a package is imported before its modules.
+Threads that spin at a barrier would steal the cores of whoever is measured beside them: as in the mains of both
+programs, they sleep. It must be said before torch is imported, and a package is imported before its modules.
 """
 
 import os
