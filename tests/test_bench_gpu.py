@@ -18,6 +18,8 @@ from benchmarks.limits import Machine
 from benchmarks.turns import Contender
 from teacher_server import gate
 
+pytestmark = pytest.mark.suite  # they set what all of torch shares, as a benchmark may
+
 CPU = torch.device("cpu")
 TINY = "resnetv2_14x05_bit"
 
@@ -117,7 +119,6 @@ def test_a_fast_wrong_logit_is_no_result(monkeypatch):
         next(gpu_forward.measure(TINY, 32, CPU, Machine(1e11, 1e10), rounds=1, burst_s=0, compiled=False))
 
 
-@pytest.mark.suite
 def test_rates_of_a_machine_are_those_of_a_product_and_a_copy():
     machine = Machine.measured(CPU, side=64, num_bytes=2**16)
     assert 1e6 < machine.flops < 1e13

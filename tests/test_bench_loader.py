@@ -17,6 +17,8 @@ from make_pictures import jpeg, write_files
 from views.draw import Plan, ViewLaw
 from views.view import Rows
 
+pytestmark = pytest.mark.suite  # they set what all of torch shares, as a benchmark may
+
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> Index:
@@ -93,7 +95,6 @@ def test_a_plan_of_a_billion_pictures_draws_rows_at_once_and_without_memory_for_
     assert rows.sample.max() > 10**8  # from all of them, not from the first
 
 
-@pytest.mark.suite
 def test_the_row_6_benchmark_runs():
     figures = list(loader.measure(quick=True))
     assert [one.row for one in figures] == ["6", "6"]

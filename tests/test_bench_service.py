@@ -11,8 +11,9 @@ from benchmarks.relay import relay
 from student_trainer.fleet import Fleet
 from views.draw import Plan, ViewLaw
 
+pytestmark = pytest.mark.suite  # they set what all of torch shares, as a benchmark may
 
-@pytest.mark.suite
+
 def test_a_replica_is_measured_beside_its_network():
     (figure,) = service.measure(quick=True)
     assert figure.row == "3"
@@ -21,14 +22,12 @@ def test_a_replica_is_measured_beside_its_network():
     assert figure.judged == pytest.approx(figure.value / figure.alternative)
 
 
-@pytest.mark.suite
 def test_a_step_is_measured_beside_logits_in_memory():
     (figure,) = step.measure(quick=True)
     assert figure.row == "4"
     assert figure.judged == pytest.approx(figure.value / figure.alternative)
 
 
-@pytest.mark.suite
 def test_the_wire_is_counted_and_timed():
     figures = list(wire.measure(quick=True))
     bytes_a_row = {figure.name: figure for figure in figures if figure.row == "8"}

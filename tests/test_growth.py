@@ -8,6 +8,8 @@ import pytest
 from benchmarks import growth, logit_store, memory
 from benchmarks.curve import FLAT, LINEAR, Curve, draw, short
 
+pytestmark = pytest.mark.suite  # they set what all of torch shares, as a benchmark may
+
 
 def a_curve(values, **changes) -> Curve:
     sizes = [10.0**i for i in range(len(values))]
@@ -48,14 +50,12 @@ def test_the_real_service_answers_for_any_number_of_classes_and_its_reply_is_two
     assert min(*request.values, *loss.values) > 0
 
 
-@pytest.mark.suite
 def test_a_fleet_of_two_delivers_more_than_one():
     curve = growth.by_replicas((1, 2), 1.5)
     assert curve.values[1] > 1.3 * curve.values[0]
     assert curve.alternative == 80
 
 
-@pytest.mark.suite
 def test_ranks_really_meet():
     curve = growth.by_ranks((1, 2), 3, num_gradients=1000)
     assert len(curve.values) == 2 and min(curve.values) > 0
@@ -83,7 +83,6 @@ def test_flat_is_within_a_twentieth_and_within_30_mib_after_the_first_fifth(mib,
     assert one.value == pytest.approx(mib[-1] / mib[30])
 
 
-@pytest.mark.suite
 def test_memory_is_watched_of_a_real_server_and_a_real_loader(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_EVERY_S", 0.2)
     mib, rows_per_s = memory.watch(tmp_path, tiny_data, 3.0)
