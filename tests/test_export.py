@@ -79,7 +79,9 @@ def exported(run) -> Path:
     out = run.parent / "exported"
     # In a process of its own, as users have it: torch's exporter refuses settings that servers in this one have made.
     subprocess.run(
-        [sys.executable, "-m", "funmatch.export", str(run), "--out", str(out), "--onnx"], cwd=ROOT, check=True
+        [sys.executable, "-m", "funmatch.export", str(run), "--out", str(out), "--onnx"],
+        cwd=Path(__file__).parents[1],
+        check=True,
     )
     return out
 
