@@ -185,11 +185,13 @@ def _optimize_once(study: optuna.Study, run: Callable[[optuna.Trial], float]) ->
     try:
         study.optimize(remember, n_trials=1, catch=points.TakenError)
     except (ValueError, AssertionError):
-        # Optuna does not let us report on a trial that others, who heard no heartbeat of ours, gave up for dead
-        # (and optuna 5.0 trips over its own log line about it).
-        if not taken or study.get_trials(deepcopy=False)[taken[0].number].state != TrialState.FAIL:
+        # Optuna does not let us report on a trial that others have reported on: they heard no heartbeat of ours and
+        # gave it up for dead (and optuna 5.0 trips over its own log line about it), or a sqlite file, which locks no
+        # row, gave one trial to two workers at the same moment. The folder has one worker at a time (`_alone_in`), so
+        # whoever comes second finds the run done, and the same number.
+        if not taken or not study.get_trials(deepcopy=False)[taken[0].number].state.is_finished():
             raise
-        print("this trial had been given to another worker, who will find it done", flush=True)
+        print("this trial had been given to another worker as well", flush=True)
 
 
 def run_trial(sweep: Sweep, point: Point, addresses: Sequence[Sequence[str]]) -> float | None:

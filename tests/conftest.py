@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,19 @@ from views.view import Rows
 
 NUM_PICTURES = 24
 NUM_CLASSES = 6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def torch_as_it_was() -> Iterator[None]:
+    """A teacher that is served in this process sets what all of torch shares; the next file is to start afresh."""
+    import torch
+
+    precisions = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = torch.get_num_threads(), [precision.fp32_precision for precision in precisions]
+    yield
+    torch.set_num_threads(before[0])
+    for precision, value in zip(precisions, before[1], strict=True):
+        precision.fp32_precision = value
 
 
 def photograph(rng: np.random.Generator, height: int, width: int) -> Image.Image:

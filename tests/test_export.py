@@ -38,6 +38,13 @@ with torch.inference_mode():
 assert not {"models", "funmatch", "views", "student_trainer"} & set(sys.modules)
 """
 
+WITH_OURS = """
+import sys, models, numpy as np, torch
+model, _ = models.load(sys.argv[1])
+with torch.inference_mode():
+    np.save(sys.argv[3], model.eval()(torch.from_numpy(np.load(sys.argv[2]))).numpy())
+"""
+
 WITH_ONNXRUNTIME = """
 import sys, numpy as np, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx")
@@ -93,10 +100,11 @@ def foreign_answers(script: str, folder: Path, scratch: Path, images: np.ndarray
     return np.load(scratch / "logits.npy")
 
 
-def own_answers(run: Path, images: np.ndarray) -> np.ndarray:
-    model, _ = models.load(run / "model.safetensors")
-    with torch.inference_mode():
-        return model.eval()(torch.from_numpy(images)).numpy()
+def own_answers(run: Path, scratch: Path, images: np.ndarray) -> np.ndarray:
+    np.save(scratch / "images.npy", images)
+    command = [sys.executable, "-c", WITH_OURS, run / "model.safetensors", scratch / "images.npy", scratch / "own.npy"]
+    subprocess.run(list(map(str, command)), cwd=Path(__file__).parents[1], check=True, timeout=120)
+    return np.load(scratch / "own.npy")
 
 
 @pytest.fixture
@@ -105,11 +113,13 @@ def images() -> np.ndarray:
 
 
 def test_timm_alone_loads_the_folder_and_answers_the_same_to_the_last_bit(exported, run, images, tmp_path):
-    np.testing.assert_array_equal(foreign_answers(WITH_TIMM, exported, tmp_path, images), own_answers(run, images))
+    np.testing.assert_array_equal(
+        foreign_answers(WITH_TIMM, exported, tmp_path, images), own_answers(run, tmp_path, images)
+    )
 
 
 def test_onnxruntime_alone_answers_the_same(exported, run, images, tmp_path):
-    found, expected = foreign_answers(WITH_ONNXRUNTIME, exported, tmp_path, images), own_answers(run, images)
+    found, expected = foreign_answers(WITH_ONNXRUNTIME, exported, tmp_path, images), own_answers(run, tmp_path, images)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
 

@@ -241,6 +241,25 @@ def test_a_worker_who_was_only_slow_goes_on_with_the_next_trial(tiny_data, tmp_p
     assert len(study.get_trials(states=(TrialState.COMPLETE,))) == 4
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_trial_that_two_workers_took_at_one_moment_has_one_result(tiny_data, tmp_path, monkeypatch):
+    """A sqlite file locks no row: both may find the same trial waiting."""
+    sweep = parse(command(tiny_data, tmp_path)[3:])
+    study = opened(sweep)
+    ran = []
+
+    def run_trial(_sweep, point, _addresses):
+        ran.append(point)
+        if len(ran) == 1:
+            study.tell(0, 0.5)  # the other one was done first
+        return 0.5
+
+    monkeypatch.setattr(room, "run_trial", run_trial)
+    room.run_trials(sweep, study, ())
+    assert ran == GRID
+    assert [trial.value for trial in study.get_trials(states=(TrialState.COMPLETE,))] == [0.5] * 4
+
+
 def test_two_workers_are_never_at_work_in_one_folder(tmp_path):
     entered = []
 
