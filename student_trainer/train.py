@@ -278,14 +278,15 @@ def train(config: Config, world: World) -> dict[str, Any]:
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.unscale_(optimizer)
             grad_norm = clip_gradients(student.parameters(), config.optim.clip_norm)
-            numbers = {"loss": loss, "student_entropy": entropy(student_RK).mean()}
-            if teacher_MRK is not None:
-                teacher_RK = one_teacher(teacher_MRK, config.teacher.ensemble)
-                numbers |= {
-                    "kl": kl_divergence(student_RK, teacher_RK).mean(),
-                    "teacher_entropy": entropy(teacher_RK).mean(),
-                    "agreement_top1": agreement(student_RK, teacher_RK, k=1).float().mean(),
-                }
+            with torch.no_grad():  # to look at costs no graph
+                numbers = {"loss": loss, "student_entropy": entropy(student_RK).mean()}
+                if teacher_MRK is not None:
+                    teacher_RK = one_teacher(teacher_MRK, config.teacher.ensemble)
+                    numbers |= {
+                        "kl": kl_divergence(student_RK, teacher_RK).mean(),
+                        "teacher_entropy": entropy(teacher_RK).mean(),
+                        "agreement_top1": agreement(student_RK, teacher_RK, k=1).float().mean(),
+                    }
             if config.views.kind == "fix":
                 recomputed = sum(target.recomputed for target in batch.targets)
                 numbers["recomputed_share"] = torch.tensor(recomputed / max(1, len(batch.rows)), device=world.device)
