@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from student_trainer.record import Run, Series, unit_of
+from student_trainer.record import Run, Series, evaluated, unit_of
 from views.setting import SETTINGS
 
 # Okabe and Ito's colours, which all common kinds of colour blindness can tell apart, and a grey.
@@ -56,12 +56,12 @@ def draw_curves(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
     styles = {name: _Style(_COLOURS[i % 8], _LINES[i // 8 % 4]) for i, name in enumerate(groups)}
     if groups.keys() <= _OF_SETTING.keys():
         styles = _OF_SETTING
-    figure = Figure(figsize=(15.0, 4.9), layout="constrained")
+    figure = Figure(figsize=(12.8, 4.5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    _panel(left, groups, "eval/student_top1", "top-1 on the evaluation split", styles)
+    _panel(left, groups, "eval/student_top1", "top-1, evaluation split", styles)
     _teacher_lines(left, groups, styles)
     _panel(middle, groups, "eval/agreement_top1", "top-1 agreement with the teacher", styles)
-    _panel(right, groups, "eval/kl", "KL(teacher || student) on the evaluation split, nats", styles)
+    _panel(right, groups, "eval/kl", "KL(teacher || student), nats", styles)
     for axes in (left, middle):
         _percent(axes.yaxis)
     _legend_below(figure, left)
@@ -128,15 +128,23 @@ def _rank(runs: Sequence[Run]) -> float:
 def _panel(
     axes: Axes, groups: Mapping[str, Sequence[Run]], name: str, title: str, styles: Mapping[str, _Style]
 ) -> None:
-    unit = unit_of([run for runs in groups.values() for run in runs])
+    runs = [run for members in groups.values() for run in members]
+    unit = unit_of(runs)
     _furnish(axes, title, f"{unit}, log scale")
-    for label, runs in groups.items():
-        _curve(axes, [run.over(unit, name) for run in runs], label, styles[label])
+    for label, members in groups.items():
+        _curve(axes, [run.over(unit, name) for run in members], label, styles[label])
     if axes.lines:
         _log_ticks(axes)
     else:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=_FAINT)
+        axes.text(0.5, 0.5, _instead(name, evaluated(runs)), transform=axes.transAxes, ha="center", color=_FAINT)
         axes.set(xticks=[], yticks=[])
+
+
+def _instead(name: str, measured: Sequence[Run]) -> str:
+    """What a panel without a curve says: evaluated runs that lack accuracy lack labels, others lack a teacher."""
+    if not measured:
+        return "not evaluated yet"
+    return "no labels: accuracy is not known" if name == "eval/student_top1" else "no teacher to compare with"
 
 
 def _curve(axes: Axes, measured: Sequence[Series], label: str, style: _Style) -> None:

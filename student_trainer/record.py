@@ -146,7 +146,7 @@ class Run:
 
 def evaluated(runs: Sequence[Run]) -> list[Run]:
     """Those that have been evaluated at least once: only these have curves."""
-    return [run for run in runs if run.last("eval/student_top1") is not None]
+    return [run for run in runs if any(run.last(name) is not None for name in ("eval/student_top1", "eval/kl"))]
 
 
 def unit_of(runs: Sequence[Run]) -> Unit:

@@ -34,6 +34,9 @@ _STUDENT, _TEACHER, _CLOSENESS = "#0072B2", "#D55E00", "#009E73"
 _SPEED, _PLAIN, _FAINT = "#CC79A7", "#333333", "#767676"
 _DPI = 130  # the sheet of the first batch at about its own size
 
+# What a panel says that has no curve.
+_NOT_YET, _NO_LABELS = "not evaluated yet", "these pictures have no labels: accuracy is not known"
+
 # Rows of the closing table: key of summary.json, what to call it, how to write it.
 _TABLE = (
     ("teacher_top1", "teacher top-1", "{:.2%}"),
@@ -73,7 +76,7 @@ def draw(run_dir: Path) -> Path:
         raise ValueError(f"no {metrics.FILE} with a line in {run_dir}: is it the folder of a run?")
     sheet = run_dir / "first_batch.png"
     pixels = imread(sheet) if sheet.exists() else None
-    with_teacher = bool(series(lines, "teacher_entropy") or series(lines, "eval/teacher_top1"))
+    with_teacher = any(series(lines, name) for name in ("teacher_entropy", "eval/teacher_top1", "eval/kl"))
     panels = [_draw_loss, _draw_accuracy]
     panels += [_draw_closeness, _draw_entropy, _draw_schedule, _draw_speed] if with_teacher else [
         _draw_schedule, _draw_speed,
@@ -105,6 +108,9 @@ def _headline(run_dir: Path, lines: Sequence[Mapping[str, Any]]) -> str:
         text += f"   student {student.value[-1]:.2%}"
     if teacher:
         text += f"   teacher {teacher.value[-1]:.2%}"
+    agreement = series(lines, "eval/agreement_top1")
+    if agreement and not student:
+        text += f"   agreement {agreement.value[-1]:.2%}"
     return text
 
 
@@ -126,7 +132,7 @@ def _draw_accuracy(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     if teacher:
         # The teacher is frozen, and measured only as often as convenient.
         axes.axhline(teacher.value[-1], color=_TEACHER, linestyle="--", linewidth=1.6, label="teacher")
-    _percent(axes, student)
+    _percent(axes, student, _NO_LABELS if series(lines, "eval/kl") else _NOT_YET)
 
 
 def _draw_closeness(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -134,7 +140,7 @@ def _draw_closeness(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     _style(axes, "student against teacher")
     _measured(axes, agreement, _CLOSENESS, "agreement, top-1")
     _measured(axes, series(lines, "eval/agreement_top5"), _CLOSENESS, "agreement, top-5", linestyle=":")
-    _percent(axes, agreement)
+    _percent(axes, agreement, _NOT_YET)
     if kl:
         right = _second_scale(axes, "KL(teacher || student), nats")
         _measured(right, kl, _PLAIN, "KL (right)", linestyle="--")
@@ -213,11 +219,12 @@ def _measured(axes: Axes, points: Series, color: str, label: str, linestyle: str
         )  # fmt: skip
 
 
-def _percent(axes: Axes, points: Series) -> None:
+def _percent(axes: Axes, points: Series, instead: str) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylim(0, 1.03)
     if not points:
-        axes.text(0.5, 0.5, "not evaluated yet", transform=axes.transAxes, ha="center", color=_FAINT)
+        axes.text(0.5, 0.5, instead, transform=axes.transAxes, ha="center", color=_FAINT)
+        axes.set_xticks([])
         return
     axes.legend(loc="lower right", fontsize=9, frameon=False)
 

@@ -21,15 +21,18 @@ from student_trainer.record import Run, differing, evaluated, groups, unit_of
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em;
 overflow-wrap: break-word }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em }
+h1 { font-size: 1.5em; margin-bottom: .2em } h2 { font-size: 1.15em; margin: 2em 0 .6em } h3 { font-size: 1em }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .25em .8em; text-align: right }
-th { border-bottom: 1px solid #999; font-weight: 600 } td:first-child, th:first-child { text-align: left }
-tr:nth-child(even) td { background: #f6f6f6 } img { max-width: 100% } .note { color: #666 } .wide { overflow-x: auto }
-@media (max-width: 800px) { .wide img { max-width: none; width: 800px } }
+td, th { padding: .3em .8em; text-align: left; vertical-align: baseline } .number { text-align: right }
+th { border-bottom: 1px solid #999; font-weight: 600; vertical-align: bottom }
+tr:nth-child(even) td { background: #f6f6f6 } img { max-width: 100% } .note { color: #666; margin: .6em 0 }
+footer { border-top: 1px solid #ccc; margin-top: 3em } .wide { overflow-x: auto }
+@media (max-width: 800px) { .wide img { max-width: none; width: 800px } .wide table { width: max-content;
+max-width: 800px } td:first-child { min-width: 9em; max-width: 11em; overflow-wrap: anywhere } }
 """
 
 _SILENT_S = 300.0  # an evaluation may take so long, and longer steps ten times their time
+_NONE, _NO_LABELS = "–", "no labels"  # in place of a number: not measured, or not to be known
 _NAMED_CHANGES = 3  # settings that the table of results names; the others are counted
 
 
@@ -47,21 +50,21 @@ def write_page(folders: Sequence[Path], out: Path) -> Path:
     title = ", ".join(dict.fromkeys(str(run.settings.get("recipe", run.folder.name)) for run in runs))
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        f'<p class="note">{len(runs)} run{"s" if len(runs) > 1 else ""}, {time.strftime("%Y-%m-%d %H:%M %Z")}; made by '
-        f"<code>python -m student_trainer.report {html.escape(' '.join(map(str, folders)))}</code></p>",
+        _note(f"{len(runs)} run{'s' if len(runs) > 1 else ''}, {time.strftime('%Y-%m-%d %H:%M %Z')}"),
         *(_going_on(run, name) for run, name in zip(runs, names, strict=True) if not run.finished),
-        f"<h2>Against {unit_of(runs)}s</h2>",
+        f"<h2>On the evaluation split, against {unit_of(runs)}s</h2>",
         _image(out / "curves.png", f"accuracy, agreement and KL against {unit_of(runs)}s"),
         *_about_epochs(runs, names),
         f"<h2>{'In the end' if all(run.finished for run in runs) else 'So far'}</h2>",
         _finals(runs, names),
         *_missing(runs, names),
-        "<h2>What differs</h2>",
-        _differences(runs, names),
+        *_differences(runs, names),
         "<h2>Speed, and waiting for the teacher</h2>",
         _speed(runs, names),
         "<h2>What teacher and student saw</h2>",
-        *(_views(run, name) for run, name in zip(runs, names, strict=True)),
+        *_views(runs, names),
+        '<footer><p class="note">Made by <code>python -m student_trainer.report '
+        f"{html.escape(' '.join(map(str, folders)))}</code></p></footer>",
     ]
     page = out / "report.html"
     page.write_text(
@@ -124,8 +127,8 @@ def _finals(runs: Sequence[Run], names: Sequence[str]) -> str:
         recipe = RECIPES.get(str(run.settings.get("recipe")))
         rows.append([
             name,
-            _last(run, "student_top1", "{:.2%}"),
-            f"{recipe.expected:.2f}%" if recipe and recipe.expected else "",
+            _NO_LABELS if _lacks_labels(run) else _last(run, "student_top1", "{:.2%}"),
+            f"{recipe.expected:.2f}%" if recipe and recipe.expected else _NONE,
             _changes(run),
             _last(run, "teacher_top1", "{:.2%}"),
             _last(run, "agreement_top1", "{:.2%}"),
@@ -141,7 +144,11 @@ def _finals(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 def _last(run: Run, name: str, form: str) -> str:
     value = run.last(f"eval/{name}")
-    return "" if value is None else form.format(value)
+    return _NONE if value is None else form.format(value)
+
+
+def _lacks_labels(run: Run) -> bool:
+    return run.last("eval/student_top1") is None and run.last("eval/kl") is not None
 
 
 def _changes(run: Run) -> str:
@@ -160,16 +167,20 @@ def _missing(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     return [_note("Not in the folders, so not told here. " + "; ".join(lacking) + ".")] if lacking else []
 
 
-def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
+def _differences(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    if len(runs) == 1:
+        return []
     known = [(run, name) for run, name in zip(runs, names, strict=True) if run.settings]
     found = differing([run for run, _ in known])
+    title = "<h2>What differs</h2>"
     if not found:
-        return "<p>Nothing: " + ("one run." if len(known) < 2 else "the settings are the same.") + "</p>"
+        unknown = "settings are on record for no two of them" if len(known) < 2 else "the settings are the same"
+        return [title, f"<p>Nothing: {unknown}.</p>"]
     own = [[name, *(_plain(values[i]) for values in found.values())] for i, (_, name) in enumerate(known)]
     table = [["run", *found], *own]
     if len(found) > len(known):  # the longer side goes down the page
         table = [list(column) for column in zip(*table, strict=True)]
-    return _table(table[0], table[1:])
+    return [title, _table(table[0], table[1:])]
 
 
 def _plain(value: object) -> str:
@@ -183,17 +194,19 @@ def _speed(runs: Sequence[Run], names: Sequence[str]) -> str:
         waits = [run.median("data_wait_s"), run.median("teacher_wait_s")]
         step = batch / rate if rate and batch else None
         rows.append(
-            [name, f"{rate:,.1f}" if rate else "", f"{1000 * step:,.0f} ms" if step else ""]
-            + [f"{1000 * wait:,.1f} ms" if wait is not None else "" for wait in waits]
+            [name, f"{rate:,.1f}" if rate else _NONE, f"{1000 * step:,.0f} ms" if step else _NONE]
+            + [f"{1000 * wait:,.1f} ms" if wait is not None else _NONE for wait in waits]
         )
     header = ["run", "images/s", "a step", "of it waiting for pictures", "for the teacher"]
     return _table(header, rows) + _note("Medians over the run.")
 
 
-def _views(run: Run, name: str) -> str:
-    sheet = run.folder / "first_batch.png"
-    seen = _image(sheet, f"the first batch of {name}") if sheet.exists() else _note("no first_batch.png")
-    return f"<h3>{html.escape(name)}</h3>{seen}"
+def _views(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    sheets = {name: run.folder / "first_batch.png" for run, name in zip(runs, names, strict=True)}
+    there = {name: sheet for name, sheet in sheets.items() if sheet.exists()}
+    shown = [f"<h3>{html.escape(name)}</h3>{_image(there[name], f'the first batch of {name}')}" for name in there]
+    lacking = ", ".join(name for name in sheets if name not in there)
+    return shown + ([_note(f"There is no first_batch.png of {lacking}.")] if lacking else [])
 
 
 def _note(text: str) -> str:
@@ -206,6 +219,14 @@ def _image(path: Path, what: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    """Columns of numbers are right-aligned, so that their digits stand below one another."""
+    numeric = [
+        all(cell in (_NONE, _NO_LABELS) or cell[:1].isdigit() for cell in column) for column in zip(*rows, strict=True)
+    ]
+    kind = [' class="number"' if is_number and column else "" for column, is_number in enumerate(numeric)]
+    head = "".join(f"<th{k}>{html.escape(cell)}</th>" for k, cell in zip(kind, header, strict=True))
+    lines = [
+        "<tr>" + "".join(f"<td{k}>{html.escape(cell)}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>"
+        for row in rows
+    ]
     return f'<div class="wide"><table><tr>{head}</tr>' + "\n".join(lines) + "</table></div>"

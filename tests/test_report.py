@@ -8,11 +8,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from student_trainer.config import settings
 from student_trainer.contact_sheet import first_batch_sheet
-from student_trainer.curves import together, whole_and_short
+from student_trainer.curves import draw_curves, together, whole_and_short
 from student_trainer.metrics import Metrics
 from student_trainer.recipes import RECIPES
 from student_trainer.record import Run, Series, groups, series, unit_of
@@ -367,3 +369,35 @@ def test_no_request_leaves_the_page(tmp_path):
     page = re.sub(r"base64,[A-Za-z0-9+/=]+", "base64,", (run / "report.html").read_text())
     assert not re.findall(r"https?:|@import|url\(|<script|<link|<iframe", page)
     assert set(re.findall(r'(?:src|href)="([^"]*)"', page)) == {"data:image/png;base64,"}
+
+
+def words_on(picture_of, run, monkeypatch):
+    """Every text of the figure that is drawn."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    picture_of(run)
+    monkeypatch.undo()
+    return [text.get_text() for text in figures[0].findobj(Text)]
+
+
+def test_a_picture_of_a_run_without_labels_says_that_and_not_that_it_was_not_evaluated(tmp_path, monkeypatch):
+    with Metrics(tmp_path) as metrics:
+        numbers = {"loss": 1.0, "lr": 0.01, "images_per_s": 9.0, "teacher_wait_s": 0.1, "teacher_entropy": 0.5}
+        metrics.write(1, numbers)
+        assert words_on(draw, tmp_path, monkeypatch).count("not evaluated yet") == 2
+        metrics.write(1, {"eval/kl": 0.5, "eval/agreement_top1": 0.75})
+    told = words_on(draw, tmp_path, monkeypatch)
+    assert "not evaluated yet" not in told and any("no labels" in text for text in told)
+    assert any("agreement 75.00%" in text for text in told), "the headline has what was measured"
+
+
+def test_a_page_of_a_run_without_labels_has_curves_even_where_epochs_are_not_known(tmp_path, monkeypatch):
+    run = a_run(tmp_path / "run", facts=False, num_steps=20)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    told = [{name: value for name, value in line.items() if not name.endswith("top1")} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    main([str(run)])
+    page = (run / "report.html").read_text()
+    assert "against steps" in page and "no labels" in Page(run / "report.html").cells
+    words = words_on(lambda _: draw_curves(groups([Run(run)]), run / "curves.png"), run, monkeypatch)
+    assert {"no labels: accuracy is not known", "no teacher to compare with", "step, log scale"} <= set(words)
