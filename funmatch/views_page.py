@@ -28,9 +28,9 @@ h1 { font-size: 1.4em; margin-bottom: .2em } h2 { font-size: 1.05em; margin: 0 0
 font-weight: normal } .note { color: #555 } .bad { color: #b00020; font-weight: 600 } .good { color: #00694e }
 article { border-top: 1px solid #ccc; padding: 1em 0 } .sides { display: flex; flex-wrap: wrap; gap: .9em 1.4em }
 .side { margin: 0 } .side > p { margin: 0 0 .3em; color: #555 } .strip { display: flex; flex-wrap: wrap; gap: .5em }
-figure { margin: 0; width: 138px } figure img, figure svg { width: 100%; height: auto; display: block;
-image-rendering: pixelated } figcaption { font-size: 12px; line-height: 1.35; color: #444; margin-top: .25em }
-code { font-size: 11px; overflow-wrap: anywhere }
+figure { margin: 0; width: 138px } figure img, figure svg { width: 100%; height: auto; max-height: 138px;
+display: block; image-rendering: pixelated } figcaption { font-size: 12px; line-height: 1.35; color: #444;
+margin-top: .25em; overflow-wrap: anywhere } code { font-size: 11px }
 @media (max-width: 520px) { .strip { gap: .4em } figure { width: calc((100vw - 2em - 1.2em) / 3) } }
 """
 
@@ -64,7 +64,10 @@ def _page(seen: Seen) -> str:
     body = [
         f"<h1>{html.escape(_title(seen))}</h1>",
         f'<p class="note">{html.escape(facts)}</p>',
-        *(f'<p class="{"bad" if seen.differs else ""}">{html.escape(note)}</p>' for note in notes),
+        *(
+            f'<p class="{"bad" if seen.differs else ""}">{html.escape(note[0].upper() + note[1:])}</p>'
+            for note in notes
+        ),
         *(_article(seen, row) for row in range(seen.num_rows)),
     ]
     return (
@@ -83,7 +86,7 @@ def _article(seen: Seen, row: int) -> str:
     else:
         mixed = f"sample {student.rows.sample[own]}, not mixed"
     sides = "".join([
-        *(_originals(seen, look, row) for look in _telling_apart(seen.looks)),
+        *(_originals(seen, look, row, who) for look, who in _whose_boxes(seen.looks)),
         *(_renderings(look, row) for look in seen.looks),
     ])  # fmt: skip
     return (
@@ -91,9 +94,15 @@ def _article(seen: Seen, row: int) -> str:
     )
 
 
-def _originals(seen: Seen, look: Look, row: int) -> str:
-    figures = [_original(seen, look, view) for view in _views(look, row)]
-    return _side("where it looks" if look is seen.looks[0] else f"where {look.name} looks", figures)
+def _originals(seen: Seen, look: Look, row: int, who: str) -> str:
+    return _side(f"where {who}", [_original(seen, look, view) for view in _views(look, row)])
+
+
+def _whose_boxes(looks: Sequence[Look]) -> list[tuple[Look, str]]:
+    apart = _telling_apart(looks)
+    if len(apart) == 1 < len(looks):
+        return [(apart[0], "both look" if len(looks) == 2 else "all look")]
+    return [(look, f"{look.name} looks") for look in apart]
 
 
 def _renderings(look: Look, row: int) -> str:
@@ -125,16 +134,18 @@ def _original(seen: Seen, look: Look, view: int) -> str:
     line = max(width, height) / 75
     rectangle = f'<rect x="{x}" y="{y}" width="{w}" height="{h}" fill="none"'
     drawing = (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="sample {sample} with the box drawn">'
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="xMinYMin" role="img" '
+        f'aria-label="sample {sample} with the box drawn">'
         f'<image href="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}" width="{width}" '
         f'height="{height}"/>{rectangle} stroke="#fff" stroke-width="{1.8 * line:.1f}"/>'
         f'{rectangle} stroke="#d55e00" stroke-width="{line:.1f}"/></svg>'
     )
     label = int(seen.index.label[sample])
-    name = f" ({seen.index.classes[label]})" if 0 <= label < len(seen.index.classes) else ""
+    name = f", {seen.index.classes[label]}" if 0 <= label < len(seen.index.classes) else ""
     flip = ", mirrored" if look.rows.flip[view] else ""
-    words = f"sample {sample}{name}, {width} x {height}; box at ({x}, {y}), {w} x {h}{flip}"
-    return f"<figure>{drawing}<figcaption>{html.escape(words)}</figcaption></figure>"
+    lines = [f"sample {sample}{name}", f"{width} × {height} pixels", f"box {w} × {h} at ({x},\u00a0{y}){flip}"]
+    words = "<br>".join(html.escape(line) for line in lines)
+    return f"<figure>{drawing}<figcaption>{words}</figcaption></figure>"
 
 
 def _view(look: Look, view: int) -> str:
@@ -144,8 +155,8 @@ def _view(look: Look, view: int) -> str:
         same, apart = look.digests[view] == look.vouched.digests[view], look.vouched.difference[view]
         caption += (
             '<br><span class="good">the teacher\'s digest is equal</span>' if same
-            else f'<br><span class="bad">the teacher\'s is {look.vouched.digests[view][:16]}, up to {apart} grey '
-            "levels away</span>"
+            else f'<br><span class="bad">the teacher\'s is<br><code>{look.vouched.digests[view][:16]}</code><br>'
+            f"up to {apart} grey levels away</span>"
         )  # fmt: skip
     return _figure(_png(look.views[view]), caption)
 

@@ -1,0 +1,194 @@
+"""The report page and the views sheet in a browser: they look right at every width, and ask nobody for anything."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from docs.browser import Browser, installed
+from funmatch.views_page import write
+from funmatch.views_seen import Vouched, look
+from student_trainer.contact_sheet import first_batch_sheet
+from student_trainer.report import main
+from test_report import a_run
+from test_views_sheet import STEP, config_for
+
+pytestmark = pytest.mark.skipif(
+    installed() is None, reason="no Chromium on this machine to open pages in: apt-get install chromium"
+)
+
+# What is wrong with a page as it is laid out now, in words: an empty list for a page that is right.
+FAULTS = """(async () => {
+  const faults = [], width = document.documentElement.clientWidth;
+  const called = (e) => `<${e.tagName}> ${(e.alt || e.textContent).trim().slice(0, 50)}`;
+  const scrolls = (e) => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX);
+  const inline = (e) => getComputedStyle(e).display === 'inline';
+
+  if (document.documentElement.scrollWidth > width)
+    faults.push(`scrolls sideways: ${document.documentElement.scrollWidth} px in ${width}`);
+  for (const e of document.body.querySelectorAll('*')) {
+    if (e.closest('svg') && e.tagName !== 'svg') continue;
+    if (!inline(e) && !scrolls(e) && e.scrollWidth > e.clientWidth) faults.push('overflows: ' + called(e));
+    if (e.tagName === 'TD' && e.clientHeight > 8 * parseFloat(getComputedStyle(e).lineHeight))
+      faults.push('shredded: ' + called(e));
+    const box = e.getBoundingClientRect(), around = e.parentElement.closest('.wide');
+    if (!(around && scrolls(around)) && (box.left < 0 || box.right > width + 0.5)) faults.push('cut off: ' + called(e));
+  }
+
+  for (const e of document.querySelectorAll('script, link, iframe, object, embed, base, meta[http-equiv]'))
+    faults.push('may ask for more: ' + e.outerHTML.slice(0, 50));
+
+  const drawn = [...document.querySelectorAll('svg image')].map((e) => e.href.baseVal);
+  for (const source of [...[...document.images].map((e) => e.src), ...drawn]) {
+    const picture = new Image();
+    picture.src = source;
+    await picture.decode().catch(() => {});
+    if (!picture.naturalWidth || !picture.naturalHeight) faults.push('no picture: ' + source.slice(0, 50));
+  }
+
+  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => channels(colour).slice(0, 3).map((c) => c / 255)
+    .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const paper = (e) => {
+    for (; e; e = e.parentElement) {
+      const colour = getComputedStyle(e).backgroundColor;
+      if (channels(colour)[3] !== 0) return colour;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const places = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const e = walker.currentNode.parentElement, range = document.createRange();
+    if (!walker.currentNode.data.trim()) continue;
+    range.selectNodeContents(walker.currentNode);
+    const [dark, bright] = [light(getComputedStyle(e).color), light(paper(e))].sort((a, b) => a - b);
+    if ((bright + 0.05) / (dark + 0.05) < 4.5) faults.push('pale: ' + called(e));
+    if (parseFloat(getComputedStyle(e).fontSize) < 11) faults.push('small: ' + called(e));
+    for (const box of range.getClientRects()) places.push([called(e), box]);
+  }
+  places.forEach(([one, a], i) => places.slice(i + 1).forEach(([other, b]) => {
+    const over = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    if (over > 1 && down > 4) faults.push(`written over: ${one}; ${other}`);
+  }));
+  return faults;
+})()"""
+
+PAGES = ("one finished run", "several runs", "a run that goes on", "a run without labels", "a run that has not begun",
+         "a views sheet", "a views sheet whose digests differ")  # fmt: skip
+
+
+def unlabeled(run):
+    """The run as it would be with pictures that have no labels: nothing in it is an accuracy."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{name: value for name, value in line.items() if not name.endswith(("student_top1", "teacher_top1"))}
+            for line in lines]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"student_top1": None, "teacher_top1": None}))
+    return run
+
+
+def with_first_batch(run):
+    views = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    captions = [f"{number} (12,3) 40x50 flipped" for number in range(8)]
+    first_batch_sheet(run / "first_batch.png", views, views, captions, student_mixed=views / np.float32(255))
+    return run
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory, tiny_data):
+    """Each page's file, by what it is of."""
+    root = tmp_path_factory.mktemp("pages")
+    finished = with_first_batch(a_run(root / "finished"))
+    others = [
+        a_run(root / f"a_folder_with_a_name_that_is_rather_long_{seed}", seed=seed, setting="ind/ic+mix", **changes)
+        for seed, changes in ((1, {}), (2, {"optim.lr": 0.0003, "teacher.model": ["/" + "very_long_name/" * 12]}))
+    ]
+    going_on = a_run(root / "going_on", num_steps=25)
+    begun = a_run(root / "begun", num_steps=0)
+    of = {
+        "one finished run": [finished],
+        "several runs": [finished, going_on, *others, unlabeled(a_run(root / "unlabeled_beside_labeled", seed=5))],
+        "a run that goes on": [going_on],
+        "a run without labels": [unlabeled(with_first_batch(a_run(root / "unlabeled")))],
+        "a run that has not begun": [begun],
+    }
+    files = {}
+    for number, (name, runs) in enumerate(of.items()):
+        main([*map(str, runs), "--out", str(root / f"page_{number}")])
+        files[name] = root / f"page_{number}" / "report.html"
+    seen = look(config_for(tiny_data), STEP, range(3), None, (40,))
+    lies = Vouched(("0" * 32, *seen.looks[1].digests[1:]), (3, 0, 0), 0)
+    doubted = dataclasses.replace(seen, looks=(seen.looks[0], dataclasses.replace(seen.looks[1], vouched=lies)))
+    for name, sheet in zip(PAGES[-2:], (seen, doubted), strict=True):
+        files[name] = root / f"{name}.html".replace(" ", "_")
+        write(sheet, files[name])
+    return files
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as browser:
+        yield browser
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_looks_right_at_every_width_and_asks_for_nothing_but_itself(name, pages, browser):
+    page = browser.open(pages[name].as_uri())
+    for width in (1280, 801, 800, 400):
+        page.resize(width, 800)
+        assert page.evaluate(FAULTS) == [], f"at {width} px"
+    asked = [address for address in page.heard.requests if not address.startswith("data:")]
+    assert asked == [pages[name].as_uri()]
+    assert page.heard.complaints == []
+    page.close()
+
+
+@pytest.mark.parametrize("name", ["several runs", "a views sheet"])
+def test_a_page_is_not_blank_and_the_same_for_a_reader_who_prefers_dark_ones(name, pages, browser):
+    pictures = []
+    for dark in (False, True):
+        page = browser.open(pages[name].as_uri(), dark=dark)
+        pictures.append(np.asarray(Image.open(io.BytesIO(page.picture())).convert("L")))
+        page.close()
+    np.testing.assert_array_equal(*pictures)
+    for third in np.array_split(pictures[0], 3):
+        assert 0.005 < (third < 250).mean() < 0.9, "ink on paper"
+    assert len(np.unique(pictures[0])) > 100
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ("<p>words</p>", None),
+        ("<p style='width: 1500px'>too wide</p>", "scrolls sideways"),
+        ("<table style='table-layout: fixed; width: 60px'><tr><td>unbreakable_word</td></tr></table>", "overflows"),
+        ("<p style='position: relative; left: -90px'>leaves the window</p>", "cut off"),
+        ("<img src='data:image/png;base64,AAAA'>", "no picture"),
+        ("<svg><image href='data:image/png;base64,AAAA'/></svg>", "no picture"),
+        ("<p style='color: #bbb'>hard to read</p>", "pale"),
+        ("<p style='font-size: 8px'>hard to read</p>", "small"),
+        ("<table><tr><td style='line-height: 1; width: 1em; overflow-wrap: anywhere'>many_letters", "shredded"),
+        ("<link rel='preconnect' href='http://example.org'>", "may ask for more"),
+        ("<p>one</p><p style='margin-top: -2em'>two</p>", "written over"),
+    ],
+)
+def test_what_would_look_wrong_is_found(body, fault, tmp_path, browser):
+    (tmp_path / "page.html").write_text(f"<!doctype html><body>{body}</body>")
+    page = browser.open((tmp_path / "page.html").as_uri())
+    found = page.evaluate(FAULTS)
+    page.close()
+    assert any(one.startswith(fault) for one in found) if fault else found == []
+
+
+def test_a_request_and_an_error_are_heard(tmp_path, browser):
+    (tmp_path / "page.html").write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('bad')</script>")
+    page = browser.open((tmp_path / "page.html").as_uri())
+    assert page.heard.requests[1:] == ["http://127.0.0.1:9/x.png"]
+    assert "bad" in page.heard.complaints
+    page.close()
