@@ -21,7 +21,7 @@ class DataConfig:
     """The pictures."""
 
     root: Annotated[Path, tyro.conf.arg(aliases=["--data"])] = Path("data")
-    """Folder that `python -m data_prep.prepare` wrote."""
+    """Folder that `python -m data_prep.prepare` wrote. `.`, as recipes own/ have it: it must be given."""
     train: str = "train"
     """Split to train on."""
     evaluate: str = "val"
@@ -125,8 +125,8 @@ class OptimConfig:
     """Peak learning rate."""
     weight_decay: float = 3e-4
     """Decay of kernels per step at the schedule's peak."""
-    warmup_steps: int = 1500
-    """Linear warm-up, multiplied with the cosine."""
+    warmup_steps: int | float = 1500
+    """Linear warm-up, multiplied with the cosine: steps or, below 1, a share of the run, which fits any length."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
     mu_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -186,6 +186,10 @@ class Config:
         ):  # fmt: skip
             if get_setting(self, name) <= 0:
                 raise ValueError(f"--{name} is {get_setting(self, name)}; it must be greater than 0")
+        if self.optim.warmup_steps > 1 and self.optim.warmup_steps % 1:
+            raise ValueError(
+                f"--optim.warmup_steps is {self.optim.warmup_steps}; give whole steps, or a share of the run below 1"
+            )
         if self.teacher.window < 0:
             raise ValueError(f"--teacher.window is {self.teacher.window}; give a number of requests, or 0 to measure")
         if self.teacher.hedge != 0 and self.teacher.hedge <= 1:

@@ -24,6 +24,11 @@ def num_steps(epochs: float, num_train: int, batch_size: int) -> int:
     return max(1, round(epochs * num_train / batch_size))
 
 
+def warmup_of(steps_or_share: float, num_steps: int) -> int:
+    """Steps of the warm-up of a run of `num_steps`: as many as given or, below 1, this share of the run."""
+    return round(steps_or_share * num_steps if 0 < steps_or_share < 1 else steps_or_share)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """s(t) = min(1, t / warmup) * decay(t), with p = clip((t - warmup) / (num_steps - warmup), 0, 1):
@@ -46,8 +51,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps < self.num_steps:
             raise ValueError(
-                f"warmup_steps is {self.warmup_steps}, but the run has {self.num_steps} steps: "
-                f"give it at least 0 and fewer than the run's steps, or train longer"
+                f"warmup_steps is {self.warmup_steps}, but the run has {self.num_steps} steps: give it at least 0 and "
+                "fewer than the run's steps (--optim.warmup_steps 0.05 is a twentieth of any run), or train longer "
+                "(--optim.epochs)"
             )
 
     def __call__(self, step: int) -> float:

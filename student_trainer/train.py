@@ -17,6 +17,7 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from student_trainer.logit_store import StoreGoneError
 from student_trainer.loss import agreement, distillation_loss, entropy, kl_divergence, mixup_cross_entropy, one_teacher
 from student_trainer.metrics import Metrics, read
 from student_trainer.optimizer import clip_gradients, make_optimizer, set_schedule
-from student_trainer.schedule import Schedule, num_steps
+from student_trainer.schedule import Schedule, num_steps, warmup_of
 from student_trainer.teachers import FixedTeacher, LiveTeacher, Teacher, fleets, services
 from student_trainer.world import World
 from views.draw import Plan
@@ -73,6 +74,10 @@ def train(config: Config, world: World) -> dict[str, Any]:
 
         # ---- what we train on ------------------------------------------------------------------------------
         models.check_name(config.student.architecture)  # a typing error must not wait for the teacher to load
+        if config.data.root == Path():
+            raise ValueError(
+                f"which pictures? {config.recipe} names none: give --data DIR, a folder that `funmatch prepare` wrote"
+            )
         index = Index.open(config.data.root)
         elsewhere = config.data.evaluate_root
         eval_index = Index.open(elsewhere) if elsewhere else index
@@ -95,7 +100,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
         total_steps = num_steps(config.optim.epochs, len(plan.samples), config.optim.batch_size)
         schedule = Schedule(
             num_steps=total_steps,
-            warmup_steps=config.optim.warmup_steps,
+            warmup_steps=warmup_of(config.optim.warmup_steps, total_steps),
             decay=config.optim.decay,
             stairs=config.optim.stairs,
         )

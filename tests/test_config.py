@@ -55,6 +55,7 @@ def test_a_near_miss_is_guessed(typed, meant):
     ("argument", "sentence"),
     [
         ("--optim.batch-size=0", "--optim.batch_size is 0; it must be greater than 0"),
+        ("--optim.warmup-steps=1.5", "give whole steps, or a share of the run below 1"),
         ("--views.min-area=2", "min_area is 2.0"),
         ("--views.setting=fix/ic", "there is no view setting 'fix/ic'; the paper's are fix/rs, fix/cc"),
         ("--views.setting=fix/cc+mix", "+mix goes with same/ and ind/"),

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from student_trainer.schedule import Schedule, num_steps
+from student_trainer.schedule import Schedule, num_steps, warmup_of
 
 optax = pytest.importorskip("optax")
 
@@ -74,6 +74,12 @@ def test_without_warm_up_the_first_update_is_a_full_one():
 def test_a_warm_up_that_does_not_fit_is_refused_with_both_numbers(warmup):
     with pytest.raises(ValueError, match=f"warmup_steps is {warmup}, but the run has 100 steps"):
         Schedule(num_steps=100, warmup_steps=warmup)
+
+
+def test_a_warm_up_is_steps_or_a_share_of_the_run_that_no_run_is_too_short_for():
+    assert [warmup_of(given, 2000) for given in (0, 1, 150, 0.05)] == [0, 1, 150, 100]
+    for steps in range(1, 200):
+        Schedule(num_steps=steps, warmup_steps=warmup_of(0.05, steps))
 
 
 def test_the_quadratic_decay_of_appendix_d_follows_a_linear_warm_up():

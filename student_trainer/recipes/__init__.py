@@ -7,7 +7,7 @@
     recipe.py     what a recipe is
     small.py      flowers102, pets, food101, sun397: sections 3.1, 3.2, 3.8, tables 4 and 5, figures 3, 4 and 6
     imagenet.py   sections 3.3 to 3.7 and 3.9, tables 1 to 3
-    ours.py       demos, and runs measured on laptops
+    ours.py       one's own pictures, demos, and runs measured on laptops
 """
 
 from student_trainer.recipes import imagenet, ours, small
