@@ -5,6 +5,7 @@
     first_batch.png      views as student and teacher saw   with the first step of each start
     metrics.jsonl        the record: a JSON object a line   as it goes on (metrics.py)
     tensorboard/         the same numbers for TensorBoard   as it goes on (metrics.py)
+    wandb/, wandb_id.txt what went to Weights & Biases, and the run's id there (--wandb; weights_and_biases.py)
     checkpoints/         step_00001200.pt, the newest two   every --checkpoint_every steps (checkpoint.py)
     teacher.log          what a teacher beside the run says while there is one; the next ones' teacher_1.log, ...
     model.safetensors    the student                        at the end
@@ -32,7 +33,7 @@ from torch import nn
 
 import models
 from protos import teacher_pb2 as pb
-from student_trainer import report
+from student_trainer import run_picture
 from student_trainer.audit import ViewAudit
 from student_trainer.config import Config, settings
 from student_trainer.contact_sheet import first_batch_sheet
@@ -93,7 +94,7 @@ def finish(
         models.save(config.run_dir / "model.safetensors", student, card)
         summary = _summary(config, total_steps)
         _write_whole(config.run_dir / "summary.json", summary)
-        report.draw(config.run_dir)
+        run_picture.draw(config.run_dir)
     return world.broadcast_object(summary)
 
 

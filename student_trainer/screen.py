@@ -31,6 +31,7 @@ _BAR = 60  # columns
 _AWAY = 3  # replicas whose last words are shown
 _LINES_ABOVE = 13  # that everything but the replicas takes; a terminal that is too low shows fewer replicas
 _LONG_S = 5.0  # without a step
+_COLOUR = {"training": "green", "done": "green", "ended by an error": "red"}  # of what it does; all else is yellow
 
 
 def can_draw() -> bool:
@@ -127,8 +128,7 @@ def draw(now: Now, height: int = 50) -> RenderableType:
 
 def _headline(now: Now) -> Text:
     line = Text(now.title, style="bold", no_wrap=True, overflow="ellipsis")
-    style = "green" if now.doing == "training" else "yellow"
-    line.append(f"   {now.doing}", style=style)
+    line.append(f"   {now.doing}", style=_COLOUR.get(now.doing, "yellow"))
     if now.doing == "training" and now.step < now.total and now.idle_s > _LONG_S:
         line.append(f", no step for {duration(now.idle_s)}", style="yellow")
     return line

@@ -18,7 +18,8 @@ from student_trainer.curves import draw_curves, together, whole_and_short
 from student_trainer.metrics import Metrics
 from student_trainer.recipes import RECIPES
 from student_trainer.record import Run, Series, groups, series, unit_of
-from student_trainer.report import bands, draw, main, print_table
+from student_trainer.report import main, print_table
+from student_trainer.run_picture import bands, draw
 
 SUMMARY = {
     "teacher_top1": 0.985,
