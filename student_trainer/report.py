@@ -1,8 +1,8 @@
 """What happened in runs: `python -m student_trainer.report RUN [RUN ...]`.
 
 Reads what the loop left in a run's folder (record.py) and computes nothing anew. For one run, report.png beside its
-record (run_picture.py), and a table; for one or several, a page (report_page.py) with curves over epochs (curves.py). It
-works on runs that are still going, or were killed, and on supervised ones (then without the teacher's half).
+record (run_picture.py), and a table; for one or several, a page (report_page.py) with curves over epochs (curves.py).
+It works on runs that are still going, or were killed, and on supervised ones (then without the teacher's half).
 `--study FOLDER` draws the consistency study instead, from the runs FOLDER/SETTING/seed_N, with the / of a setting
 written as _.
 
