@@ -176,6 +176,8 @@ class Config:
     """Lines for people, or one JSON object a line."""
     metrics_address: str = ""
     """HOST:PORT where Prometheus finds this machine's first process, the second one port higher. Empty: nowhere."""
+    wandb: str = ""
+    """Project of Weights & Biases, or ENTITY/PROJECT, that gets the numbers too. Empty: none."""
     checkpoint_every: int = 500
     """Steps between checkpoints; there is always one at the end."""
 
@@ -201,7 +203,7 @@ class Config:
 # May change when a run goes on: none of them changes a row, a weight or a number of the optimiser.
 FREE_ON_RESUME = frozenset({
     "run_dir", "data.root", "device", "prefetch", "decode_threads", "evaluate_every", "eval_batch", "log_every",
-    "log_format", "metrics_address",
+    "log_format", "metrics_address", "wandb",
     "checkpoint_every", "teacher.addresses", "teacher.model", "teacher.size", "teacher.transport", "teacher.store",
     "teacher.store_failure", "teacher.rows_per_request", "teacher.window", "teacher.hedge", "teacher.deadline_s",
     "teacher.tls_ca", "teacher.tls_cert", "teacher.tls_key", "teacher.tls_name", "teacher.token_file",

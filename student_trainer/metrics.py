@@ -1,4 +1,4 @@
-"""One JSON line per step in RUN/metrics.jsonl, and the same numbers for TensorBoard in RUN/tensorboard.
+"""One JSON line per step in RUN/metrics.jsonl, and the same numbers for TensorBoard in RUN/tensorboard, and for others.
 
 The file is the record of the run: append-only, flushed line by line, read by report.py and by anyone's
 `jq`. Only rank 0 writes one. What is measured, and when, is the loop's business. A disk that is full ends no run:
@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +33,10 @@ Number = float | int | None
 class Metrics:
     """Writes lines {"step": ..., name: number, ...} for one run; a context manager."""
 
-    def __init__(self, run_dir: Path, resumed_step: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, resumed_step: int | None = None,
+        also: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:  # fmt: skip
         """Open the run's record for appending.
 
         Args:
@@ -41,6 +44,7 @@ class Metrics:
             resumed_step: the step of the checkpoint that the run goes on from. Lines of later steps, which
                 the killed run wrote and this one will write again, are dropped, and so is a last line that
                 the kill cut short. None: a new run, whose folder must not hold a record yet.
+            also: who is told the step and finite numbers of each line, too, under TensorBoard's names.
 
         Raises:
             ValueError: a new run in a folder that holds another run's record.
@@ -51,6 +55,7 @@ class Metrics:
             _drop_lines_after(path, resumed_step)
         elif path.exists() and path.stat().st_size:
             raise ValueError(f"{path} is another run's record: resume that run or choose another folder")
+        self._also = also
         self._lines = _Appender(path)
         (run_dir / "tensorboard").mkdir(exist_ok=True)
         # A name that no earlier start of this run has used, and that sorts after theirs.
@@ -64,11 +69,13 @@ class Metrics:
         """Append one line, at once. Numbers that are not finite become null, which JSON has a word for."""
         finite = {name: _finite(number) for name, number in numbers.items()}
         self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n")
-        points = [
-            Summary.Value(tag=name if "/" in name else f"train/{name}", simple_value=number)
-            for name, number in finite.items() if number is not None
-        ]  # fmt: skip
-        self._event(step=step, summary=Summary(value=points))
+        points = {
+            name if "/" in name else f"train/{name}": number for name, number in finite.items() if number is not None
+        }
+        values = [Summary.Value(tag=name, simple_value=number) for name, number in points.items()]
+        self._event(step=step, summary=Summary(value=values))
+        if self._also:
+            self._also(step, points)
 
     def close(self) -> None:
         """Close both files; what was written stays."""

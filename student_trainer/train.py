@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 from data_prep.index import Index
-from student_trainer import checkpoint, run_folder
+from student_trainer import checkpoint, run_folder, weights_and_biases
 from student_trainer.audit import ViewAudit, teacher_rendering
 from student_trainer.config import FREE_ON_RESUME, Config, settings
 from student_trainer.evaluate import Evaluation
@@ -41,6 +41,7 @@ from student_trainer.metrics import Metrics, read
 from student_trainer.optimizer import clip_gradients, make_optimizer, set_schedule
 from student_trainer.schedule import Schedule, num_steps, warmup_of
 from student_trainer.teachers import FixedTeacher, LiveTeacher, Teacher, fleets, services
+from student_trainer.weights_and_biases import WeightsAndBiases
 from student_trainer.world import World
 from views.draw import Plan
 from views.mix import mix
@@ -74,6 +75,8 @@ def train(config: Config, world: World) -> dict[str, Any]:
 
         # ---- what we train on ------------------------------------------------------------------------------
         models.check_name(config.student.architecture)  # a typing error must not wait for the teacher to load
+        if config.wandb:
+            _end_together(world, weights_and_biases.what_is_missing() if world.is_main else None)
         if config.data.root == Path():
             raise ValueError(
                 f"which pictures? {config.recipe} names none: give --data DIR, a folder that `funmatch prepare` wrote"
@@ -190,7 +193,8 @@ def train(config: Config, world: World) -> dict[str, Any]:
         if world.is_main:
             run_folder.write_facts(config, student, who, len(plan.samples), total_steps)
             # Without a checkpoint this is 0: what a run wrote before its first one is written again.
-            metrics = cleanup.enter_context(Metrics(config.run_dir, first_step))
+            board = cleanup.enter_context(WeightsAndBiases(config)) if config.wandb else None
+            metrics = cleanup.enter_context(Metrics(config.run_dir, first_step, board.write if board else None))
         exporter = None
         if config.metrics_address:
             exporter = cleanup.enter_context(Exporter(config.metrics_address, world.local_rank, met))
@@ -395,7 +399,7 @@ def _fill(teacher: FixedTeacher, audit: ViewAudit, samples: range, world: World,
 
 
 def _end_together(world: World, gone: Exception | None) -> None:
-    """Raise, on all ranks, if one of them has no targets. All ranks must call it."""
+    """Raise, on all ranks, what one of them cannot go on without. All ranks must call it."""
     if someones := world.any_error(gone):
         raise gone or someones
 
