@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 from numpy.typing import NDArray
 
@@ -24,6 +25,7 @@ from student_trainer.record import Series, series
 # Okabe and Ito's palette, distinguishable in all common kinds of colour blindness. One colour, one meaning.
 _STUDENT, _TEACHER, _CLOSENESS = "#0072B2", "#D55E00", "#009E73"
 _SPEED, _PLAIN, _FAINT = "#CC79A7", "#333333", "#767676"
+_LEAST_WAIT_SCALE_S = 0.01
 _DPI = 130  # the sheet of the first batch at about its own size
 
 # What a panel says that has no curve.
@@ -50,7 +52,7 @@ def draw(run_dir: Path) -> Path:
     columns = 3 if with_teacher else 2
     width, plots_height = 5.0 * columns, 0.5 + 3.1 * (len(panels) // columns)
     sheet_height = 0.0 if pixels is None else width * pixels.shape[0] / pixels.shape[1]
-    figure = Figure(figsize=(width, plots_height + sheet_height), layout="constrained")
+    figure = Figure(figsize=(width, plots_height + sheet_height), layout=ConstrainedLayoutEngine(h_pad=0.1))
     heights = [plots_height, sheet_height] if pixels is not None else [plots_height]
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     upper = parts[0]
@@ -136,7 +138,8 @@ def _draw_speed(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     if wait:
         right = _second_scale(axes, "seconds a step")
         _noisy(right, wait, _TEACHER, "wait (right)")
-        right.set_ylim(0, max(1e-3, _roof(wait, 2.5)))  # low in the panel, apart from the speed
+        # Low in the panel, apart from the speed; and what is nothing to a step of any length does not fill the scale.
+        right.set_ylim(0, max(_LEAST_WAIT_SCALE_S, _roof(wait, 2.5)))
         _one_legend(axes, right, "upper right")
 
 
@@ -208,11 +211,11 @@ def _legend(axes: Axes) -> None:
 
 
 def _one_legend(left: Axes, right: Axes, place: Literal["upper right", "center right"]) -> None:
-    """One legend for both scales, on the upper layer, where no curve crosses it."""
+    """One legend for both scales, on the upper layer and on paper of its own: a curve passes behind it."""
     if old := left.get_legend():
         old.remove()
     (handles, labels), (more, their_labels) = (axes.get_legend_handles_labels() for axes in (left, right))
-    right.legend([*handles, *more], [*labels, *their_labels], loc=place, fontsize=9, frameon=False)
+    right.legend([*handles, *more], [*labels, *their_labels], loc=place, fontsize=9, edgecolor="none", framealpha=0.85)
 
 
 def _short(step: float, _: int | None = None) -> str:
