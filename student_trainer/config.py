@@ -42,7 +42,7 @@ class StudentConfig:
     architecture: str = "resnetv2_50x1_bit"
     """A name of timm's, or one of our small BiTs (models/architectures.py)."""
     size: int = 128
-    """Height and width of its views, in pixels."""
+    """Height and width of its views, 8 to 1024 pixels."""
     interpolation: Literal["linear", "cubic"] = "linear"
     """How a box is resized, for student and teacher alike. The reference: linear."""
     antialias: bool = False
@@ -192,6 +192,8 @@ class Config:
             raise ValueError(
                 f"--optim.warmup_steps is {self.optim.warmup_steps}; give whole steps, or a share of the run below 1"
             )
+        if not 8 <= self.student.size <= 1024:
+            raise ValueError(f"--student.size is {self.student.size}; give 8 to 1024 pixels")
         if self.teacher.window < 0:
             raise ValueError(f"--teacher.window is {self.teacher.window}; give a number of requests, or 0 to measure")
         if self.teacher.hedge != 0 and self.teacher.hedge <= 1:

@@ -87,8 +87,18 @@ def main() -> None:
         share = f"{config.optim.batch_size // ranks} rows of --optim.batch-size {config.optim.batch_size} on each GPU"
         cure = "more GPUs, --precision bfloat16, a smaller batch or --student.size; nvidia-smi says who else is there"
         _give_up(rank, f"out of GPU memory with {share}: {str(error).splitlines()[0]} Try {cure}", error)
+    except torch.distributed.DistError as error:  # of NCCL, or of a rank that has gone
+        _give_up(rank, f"the ranks of this run cannot speak with each other: {_why_not(str(error))}", error)
     except expected as error:
         _give_up(rank, f"{type(error).__name__}: {error}", error)
+
+
+def _why_not(said: str) -> str:
+    """What torch.distributed says in a page, in a sentence, and what to do."""
+    reason = " ".join(said.split())[-500:]
+    if "shared memory" in said or "/dev/shm" in said:  # noqa: S108  (where NCCL's ranks of a machine meet)
+        return f"{reason}. /dev/shm is too small: docker run --shm-size 1g, or shm_size in compose"
+    return f"{reason}. What another rank says may be the reason; `funmatch doctor` looks at GPUs and shared memory"
 
 
 def _give_up(rank: int, sentence: str, error: Exception) -> NoReturn:

@@ -146,7 +146,10 @@ def train(config: Config, world: World) -> dict[str, Any]:
             if elsewhere:
                 raise ValueError("--targets labels evaluates on the data set whose labels it learns: no evaluate_root")
             if not index.classes or (index.label[plan.samples.start : plan.samples.stop] < 0).any():
-                raise ValueError(f"{config.data.root} has pictures without labels; --targets labels needs them all")
+                raise ValueError(
+                    f"{config.data.root} has pictures without labels; --targets labels needs them all: learn from a "
+                    "teacher (--teacher HOST:PORT), which needs none, or prepare class folders"
+                )
 
         def live(fleet: Fleet, num_views: int, num_audits: Callable[[int], int] | None = None) -> LiveTeacher:
             theirs = teacher_rendering(fleet.description, rendering)

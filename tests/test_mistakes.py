@@ -13,12 +13,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from conftest import serve
+from data_prep.prepare import prepare
+from make_pictures import jpeg, write_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,7 +87,31 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_model: Path, large_model: Path):
+def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Addresses of servers that do not let everybody in: one wants a token, one TLS. Neither has a model."""
+    from teacher_server.config import Config
+    from teacher_server.server import create_server
+
+    folder = tmp_path_factory.mktemp("closed")
+    (folder / "token").touch(0o600)
+    (folder / "token").write_text("the-right-one-of-all")
+    subprocess.run([ROOT / "docker" / "make_keys.sh", folder / "keys", "teacher"], check=True, capture_output=True)
+    tls = {"tls_cert": folder / "keys" / "server.pem", "tls_key": folder / "keys" / "server.key"}
+    places = {"guarded": {"token_file": folder / "token"}, "tls": tls}
+    made = {
+        name: create_server(Config(model="none", address="127.0.0.1:0", device="cpu", **files))
+        for name, files in places.items()
+    }
+    yield {name: address for name, (_, address) in made.items()}
+    for server, _ in made.values():
+        server._server.stop(None).wait()
+
+
+@pytest.fixture(scope="module")
+def desk(
+    tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_model: Path, large_model: Path,
+    closed: dict[str, str],
+):  # fmt: skip
     folder = tmp_path_factory.mktemp("desk")
     lay_out(folder, tiny_data)
     process = subprocess.Popen(
@@ -92,7 +120,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_model: 
     )  # fmt: skip
     models = (tiny_model, tiny_data), (large_model, tiny_data)
     with serve(*models) as (first, second), socket.create_server(("127.0.0.1", 0)) as somebody:
-        yield Desk(folder, process, {"first": first, "second": second}, somebody.getsockname()[1])
+        yield Desk(folder, process, {"first": first, "second": second, **closed}, somebody.getsockname()[1])
     with process:  # closes its standard input, at whose end it ends
         pass
 
@@ -104,6 +132,18 @@ def lay_out(folder: Path, tiny_data: Path) -> None:
     shutil.copytree(tiny_data, folder / "rotten")
     for shard in (folder / "rotten").glob("*.tar"):
         shard.write_bytes(bytes(shard.stat().st_size))
+    pictures = {f"{name}/{number}.jpg": jpeg(number) for name in ("ant", "bee") for number in range(4)}
+    write_files(folder / "pictures", pictures)
+    prepare("folder", folder / "pictures", folder / "animals", workers=1, progress=False, hold_out=0.25)
+    for split in ("train", "val"):
+        (folder / "crawled").mkdir(exist_ok=True)
+        with tarfile.open(folder / "crawled" / f"{split}-0.tar", "w") as shard:
+            for number in range(8):
+                shard.add(folder / "pictures" / "ant" / f"{number % 4}.jpg", f"{split}{number}.jpg")
+    prepare("shards", folder / "crawled", folder / "unlabelled", workers=1, progress=False)
+    (folder / "wrong_token").touch(0o600)
+    (folder / "wrong_token").write_text("another-one-altogether")
+    (folder / "teacher.pth").write_bytes(b"a pickle")
     (folder / "empty").mkdir()
     (folder / "corrupt" / "cats").mkdir(parents=True)
     (folder / "corrupt" / "cats" / "1.jpg").write_bytes(b"no picture")
@@ -141,6 +181,8 @@ MISTAKES = {
     "weights that are not there": (f"serve {LOCAL} --model nowhere.safetensors", "no such weight file: nowhere"),
     "weights that are none": (f"serve {LOCAL} --model junk.safetensors", "not a .safetensors file"),
     "a model by the wrong name": (f"serve {LOCAL} --model resnet5O", "the nearest known names are"),
+    "a pickle as a teacher": (f"serve {LOCAL} --model teacher.pth", "runs code when it is opened; convert it to"),
+    "views too large": (f"serve {LOCAL} --model junk.safetensors --size 2000", "--size must lie in 16..1024, got 2000"),
     "a teacher without its data": (f"serve {LOCAL} --model junk.safetensors --data empty", "make one with"),
     "a teacher in public": (
         "serve --model junk.safetensors --address 0.0.0.0:0",
@@ -155,6 +197,16 @@ MISTAKES = {
     "a typing error in a setting": (TRAIN + "--optim.epoch 3", "Did you mean --optim.epochs"),
     "a word for a number": (TRAIN + "--optim.epochs many", "could not convert string to float: 'many'"),
     "a number out of range": (TRAIN + "--optim.lr 0", "it must be greater than 0"),
+    "a student by the wrong name": (TRAIN + "--student.architecture resnet5O", "the nearest known names are"),
+    "a student's views too large": (TRAIN + "--student.size 4096", "--student.size is 4096; give 8 to 1024 pixels"),
+    "epochs shorter than the warm-up": (
+        TRAIN + "--optim.warmup-steps 100",
+        "warmup_steps is 100, but the run has 3 steps: give it at least 0 and fewer",
+    ),
+    "no data folder": (
+        "train --recipe own/student --device cpu --run-dir {run}",
+        "which pictures? own/student names none",
+    ),
     "the wrong data folder": (
         TRAIN + "--data empty",
         "empty holds no prepared data set (no dataset.json); make one with",
@@ -171,6 +223,21 @@ MISTAKES = {
     "a teacher that is not reachable": (TRAIN + "--teacher 127.0.0.1:1", "127.0.0.1:1"),
     "an address that is none": (TRAIN + "--teacher localhost", "give HOST:PORT, unix:/PATH or dns:///NAME:PORT"),
     "one teacher given as two": (TRAIN + "--teacher {first} {first}", "replicas of one teacher are given with commas"),
+    "a teacher of other classes": (
+        TRAIN + "--teacher {first} --data animals --optim.warmup-steps 0",
+        "the teacher has 6 classes, animals 2: is it a teacher for this data set?",
+    ),
+    "pictures without labels and no teacher": (
+        TRAIN + "--targets labels --data unlabelled --optim.warmup-steps 0",
+        "has pictures without labels; --targets labels needs them all: learn from a teacher",
+    ),
+    "a token that is not the teacher's": (
+        TRAIN + "--teacher {guarded} --teacher.token-file wrong_token",
+        "--teacher.token_file",
+    ),
+    "no token": (TRAIN + "--teacher {guarded}", "--teacher.token_file"),
+    "a teacher that wants TLS": (TRAIN + "--teacher {tls}", "does it want TLS? --teacher.tls_ca"),
+    "a key that is not there": (TRAIN + "--teacher {tls} --teacher.tls-ca nowhere", "--teacher.tls_ca"),
     "a teacher that renders otherwise": (
         TRAIN + "--teacher {first} --student.antialias",
         "Start it with the same --interpolation and --antialias",
@@ -202,25 +269,66 @@ def test_a_run_does_not_go_on_with_other_settings_data_or_teachers(desk: Desk, t
         ("--teacher {first} --optim.lr 0.5", "optim.lr: 0.003 in the checkpoint, 0.5 now"),
         ("--teacher {second}", "in the checkpoint"),
     ):
-        (tmp_path / "summary.json").unlink(
-            missing_ok=True
-        )  # of a finished run the numbers are said again, whoever asks
+        # Of a finished run the numbers are said again, whoever asks.
+        (tmp_path / "summary.json").unlink(missing_ok=True)
         code, said = desk.say(train + other)
         assert (code, "Traceback" in said) == (1, False)
         assert sentence in said
         assert "or start a new run in another folder" in said
 
 
-def test_a_full_gpu_gets_a_sentence(desk: Desk, tmp_path: Path) -> None:
-    full = (
+# What a machine without GPUs, and a test of seconds, can only act: (settings, what befalls the run, what is said).
+BEFALLEN = {
+    "a full GPU": (
+        "",
         "import torch, student_trainer.train\n"
         "def train(*_): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')\n"
-        "student_trainer.train.train = train"
-    )
-    code, said = desk.say(TRAIN.replace("{run}", str(tmp_path)), prelude=full)
+        "student_trainer.train.train = train",
+        "out of GPU memory with 6 rows of --optim.batch-size 6 on each GPU: CUDA out of memory. Tried to allocate 2.00 "
+        "GiB. Try more GPUs, --precision bfloat16, a smaller batch",
+    ),
+    "too little shared memory": (
+        "",
+        "import torch, student_trainer.train\n"
+        "def train(*_):\n"
+        "    raise torch.distributed.DistBackendError('NCCL error: unhandled system error\\nLast error:\\n'\n"
+        "        'Error while creating shared memory segment /dev/shm/nccl-1: No space left on device')\n"
+        "student_trainer.train.train = train",
+        "the ranks of this run cannot speak with each other: NCCL error: unhandled system error Last error: Error "
+        "while creating shared memory segment /dev/shm/nccl-1: No space left on device. /dev/shm is too small: docker "
+        "run --shm-size 1g, or shm_size in compose",
+    ),
+    "a full disk": (
+        "--targets labels",
+        "import errno, torch\ndef save(*_): raise OSError(errno.ENOSPC, 'No space left on device')\ntorch.save = save",
+        "for the checkpoint of step 3; there are whole ones of step (none): make room, or move the run's folder",
+    ),
+    "a teacher of another release": (
+        "--teacher {first}",
+        "import student_trainer.audit\nstudent_trainer.audit.RENDER_VERSION = 'funmatch-render-0'",
+        "this run with interpolation linear, antialias False, version funmatch-render-0. Start it with the same "
+        "--interpolation and --antialias, from the same release",
+    ),
+    "Weights & Biases without its package": (
+        "--wandb mine --teacher 127.0.0.1:1",
+        "import importlib.util\nimportlib.util.find_spec = lambda name: None",
+        "--wandb needs a package that is not here: pip install 'funmatch[wandb]'",
+    ),
+    "Weights & Biases without a key": (
+        "--wandb mine --teacher 127.0.0.1:1",
+        "import os\n[os.environ.pop(name, None) for name in ('WANDB_API_KEY', 'WANDB_MODE')]\n"
+        "os.environ['HOME'] = os.environ['NETRC'] = 'empty'",
+        "does not know who you are. Say `wandb login` once on this machine",
+    ),
+}
+
+
+@pytest.mark.parametrize("befallen", BEFALLEN)
+def test_what_befalls_a_run_gets_a_sentence_and_no_traceback(desk: Desk, befallen: str, tmp_path: Path) -> None:
+    more, prelude, sentence = BEFALLEN[befallen]
+    code, said = desk.say(TRAIN.replace("{run}", str(tmp_path)) + more, prelude=prelude)
+    assert sentence in said
     assert code == 1
-    assert "out of GPU memory with 6 rows of --optim.batch-size 6 on each GPU" in said
-    assert "a smaller batch" in said
     assert "Traceback" not in said
 
 
