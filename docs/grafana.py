@@ -19,7 +19,7 @@ from docs.browser import Browser
 from docs.processes import answers, ended, free_port
 
 DASHBOARDS = Path(__file__).resolve().parents[1] / "docker" / "grafana" / "dashboards"
-_HOMES = ("/usr/share/grafana", "/usr/local/share/grafana", "/opt/grafana")
+_HOMES = (Path("/usr/share/grafana"), Path("/usr/local/share/grafana"))
 _WIDTH, _HEIGHT = 1280, 1150  # what a first look is for: the fleet, and the student below it
 
 
@@ -63,8 +63,10 @@ def prometheus(folder: Path, teachers: Sequence[int], student: int) -> Iterator[
 
 @contextlib.contextmanager
 def _grafana(program: Path, folder: Path, source: str) -> Iterator[str]:
-    where = {"name": "Prometheus", "uid": "prometheus", "type": "prometheus", "access": "proxy", "url": source}
-    where |= {"isDefault": True, "jsonData": {"timeInterval": "2s"}}
+    where = {
+        "name": "Prometheus", "uid": "prometheus", "type": "prometheus", "access": "proxy", "url": source,
+        "isDefault": True, "jsonData": {"timeInterval": "2s"},
+    }  # fmt: skip
     provider = {"name": "funmatch", "type": "file", "options": {"path": str(DASHBOARDS)}}
     _written(folder / "provisioning" / "datasources" / "all.yml", {"apiVersion": 1, "datasources": [where]})
     _written(folder / "provisioning" / "dashboards" / "all.yml", {"apiVersion": 1, "providers": [provider]})
@@ -74,7 +76,7 @@ def _grafana(program: Path, folder: Path, source: str) -> Iterator[str]:
         "GF_ANALYTICS_REPORTING_ENABLED": "false", "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
         "GF_PATHS_PROVISIONING": str(folder / "provisioning"), "GF_PATHS_DATA": str(folder / "grafana"),
     }  # fmt: skip
-    home = next(filter(os.path.isdir, [*_HOMES, program.resolve().parents[1]]))
+    home = next(filter(Path.is_dir, [*_HOMES, program.resolve().parents[1]]))
     command = [str(program), *(["server"] if program.name == "grafana" else []), f"--homepath={home}"]
     with (folder / "grafana.log").open("wb") as log, _started(command, log, settings):
         answers(f"http://127.0.0.1:{port}/api/health")

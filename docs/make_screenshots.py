@@ -22,6 +22,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +37,10 @@ from docs.processes import answers, ended, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
-_COLUMNS, _LINES = 96, 30
+_STUDENTS = {"same_views": "same/ic+mix", "other_views": "ind/ic+mix"}  # each run's folder and --views.setting
+_PHOTOGRAPHED = "same_views"
+_REPLICAS = 2  # of the teacher
+_COLUMNS, _LINES = 100, 20
 _BOARD = (1400, 1030)  # TensorBoard's window, pixels
 _MIDDLE = 0.6  # of the run that is photographed
 _VIEWS_STEP = 300
@@ -53,6 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     if installed() is None:
         parser.error("no Chromium on this machine: apt-get install chromium")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the teachers end with this
     args.out.mkdir(parents=True, exist_ok=True)
     make(args.work, args.out, args.grafana)
 
@@ -64,43 +69,30 @@ def make(work: Path, out: Path, grafana_address: str | None) -> None:
         _do("prepare", "digits", "--out", str(data))
     if not teacher.exists():
         _do("train", "--recipe", "digits/demo_teacher", "--data", str(data), "--run-dir", str(work / "teacher"))
-    ports = [free_port() for _ in range(5)]
-    began = time.monotonic()
+    began, student, ports = time.monotonic(), free_port(), [(free_port(), free_port()) for _ in range(_REPLICAS)]
     with contextlib.ExitStack() as serving:
-        for port, metrics in zip(ports[:2], ports[2:4], strict=True):
+        for port, metrics in ports:
             serving.enter_context(_teacher(teacher, data, port, metrics))
-        replicas = ",".join(f"127.0.0.1:{port}" for port in ports[:2])
-        watched = grafana.beside(grafana_address, work, teachers=ports[2:4], student=ports[4])
+        watched = grafana.beside(grafana_address, work, teachers=[metrics for _, metrics in ports], student=student)
         dashboard = serving.enter_context(watched)
-        runs = [work / "students" / "same_views", work / "students" / "other_views"]
-        for run, setting in zip(runs, ("same/ic+mix", "ind/ic+mix"), strict=True):
-            shutil.rmtree(run, ignore_errors=True)
-            command = [
-                sys.executable, "-m", "funmatch.main", "train", "--recipe", "digits/demo", "--data", str(data),
-                "--run-dir", str(run), "--teacher", replicas, "--views.setting", setting,
-                "--metrics-address", f"127.0.0.1:{ports[4]}",
-            ]  # fmt: skip
-            _learn(command, out / "terminal.svg" if run is runs[0] else None)
-        sheet = work / "views.html"
-        _do("views", "--run-dir", str(runs[0]), "--step", str(_VIEWS_STEP), "--rows", "3", "--teacher", replicas,
-            "--out", str(sheet))  # fmt: skip
+        replicas = ",".join(f"127.0.0.1:{port}" for port, _ in ports)
+        for name, setting in _STUDENTS.items():
+            picture = out / "terminal.svg" if name == _PHOTOGRAPHED else None
+            _student(work / "students" / name, setting, data, replicas, student, picture)
+        _do("views", "--run-dir", str(work / "students" / _PHOTOGRAPHED), "--step", str(_VIEWS_STEP), "--rows", "3",
+            "--teacher", replicas, "--out", str(work / "views.html"))  # fmt: skip
+        _do("report", *(str(work / "students" / name) for name in _STUDENTS), "--out", str(work))
         with Browser() as browser:
-            _page(browser, sheet, out / "views.png")
-            _do("report", *map(str, runs), "--out", str(work))
+            _page(browser, work / "views.html", out / "views.png")
             _page(browser, work / "report.html", out / "report.png")
             _tensorboard(browser, work / "students", out / "tensorboard.png")
-            if dashboard:
-                minutes = (time.monotonic() - began) / 60
-                grafana.photograph(browser, dashboard, minutes, out / "grafana.png")
-                _smaller(out / "grafana.png")
-            else:
-                print("grafana.png is left out: no Grafana with a Prometheus on the path, and no --grafana URL")
+            _dashboard(browser, dashboard, (time.monotonic() - began) / 60, out / "grafana.png")
 
 
 def _do(*words: str) -> None:
     """One command of funmatch."""
     print("funmatch", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "funmatch.main", *words], cwd=ROOT, env=_environment(), check=True)
+    subprocess.run([sys.executable, "-m", "funmatch.main", *words], env=_environment(), check=True)
 
 
 def _environment() -> dict[str, str]:
@@ -113,9 +105,20 @@ def _teacher(model: Path, data: Path, port: int, metrics: int) -> Iterator[None]
         sys.executable, "-m", "teacher_server.main", "--model", str(model), "--data", str(data), "--address",
         f"127.0.0.1:{port}", "--metrics-address", f"127.0.0.1:{metrics}", "--device", "cpu", "--threads", "1",
     ]  # fmt: skip
-    with ended(subprocess.Popen(command, cwd=ROOT, env=_environment(), stderr=subprocess.DEVNULL)):
+    with ended(subprocess.Popen(command, env=_environment(), stderr=subprocess.DEVNULL)):
         answers(f"http://127.0.0.1:{metrics}/metrics")
         yield
+
+
+def _student(run: Path, setting: str, data: Path, replicas: str, metrics: int, picture: Path | None) -> None:
+    if (run / "summary.json").exists() and (picture is None or picture.exists()):
+        return
+    shutil.rmtree(run, ignore_errors=True)
+    command = [
+        sys.executable, "-m", "funmatch.main", "train", "--recipe", "digits/demo", "--data", str(data), "--run-dir",
+        str(run), "--teacher", replicas, "--views.setting", setting, "--metrics-address", f"127.0.0.1:{metrics}",
+    ]  # fmt: skip
+    _learn(command, picture)
 
 
 def _learn(command: Sequence[str], picture: Path | None) -> None:
@@ -169,6 +172,14 @@ def _tensorboard(browser: Browser, work: Path, picture: Path) -> None:
         time.sleep(3)  # curves come in one by one, and nothing says which is the last
         page.picture(picture, height=_BOARD[1])
         page.close()
+    _smaller(picture)
+
+
+def _dashboard(browser: Browser, address: str | None, minutes: float, picture: Path) -> None:
+    if address is None:
+        print(f"{picture.name} is left out: no Grafana with a Prometheus on the path, and no --grafana URL")
+        return
+    grafana.photograph(browser, address, minutes, picture)
     _smaller(picture)
 
 

@@ -119,6 +119,8 @@ def photograph(lines: Sequence[str], path: Path, width: int, title: str) -> None
     """Write the lines as an SVG that asks nobody for a font."""
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     for line in lines:
-        console.print(Text.from_ansi(line), no_wrap=True, overflow="crop", highlight=False, markup=False)
+        text = Text.from_ansi(line)
+        for part in text.divide(range(width, len(text), width)):  # in the middle of a word, as terminals do
+            console.print(part, no_wrap=True, overflow="crop", highlight=False, markup=False)
     drawing = console.export_svg(title=title, code_format=_FONTS.sub("", CONSOLE_SVG_FORMAT))
     path.write_text(drawing, encoding="utf-8")

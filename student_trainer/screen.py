@@ -118,7 +118,7 @@ def _logging_to(before: object) -> Iterator[None]:
 def draw(now: Now, height: int = 50) -> RenderableType:
     """A moment of a run as lines of a terminal of so many lines."""
     room = max(3, height - _LINES_ABOVE) // max(1, len(now.teachers))
-    parts: list[RenderableType] = [_headline(now), _bar(now), _pace(now), _numbers(now)]
+    parts: list[RenderableType] = [Text(), _headline(now), _bar(now), _pace(now), _numbers(now)]
     if waits := _waits(now):
         parts.append(waits)
     parts.append(_evaluation(now))
@@ -136,7 +136,11 @@ def _headline(now: Now) -> Text:
 
 def _bar(now: Now) -> Table:
     line = Table.grid()  # a bar alone has no end of line
-    line.add_row(ProgressBar(total=max(1, now.total), completed=now.step, width=_BAR))
+    line.add_row(
+        ProgressBar(
+            total=max(1, now.total), completed=now.step, width=_BAR, complete_style="green", finished_style="green"
+        )
+    )
     return line
 
 

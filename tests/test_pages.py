@@ -178,7 +178,10 @@ def pixels_of(page):
         ("<svg><image href='data:image/png;base64,AAAA'/></svg>", "no picture"),
         ("<p style='color: #bbb'>hard to read</p>", "pale"),
         ("<p style='font-size: 8px'>hard to read</p>", "small"),
-        ("<table><tr><td style='line-height: 1; width: 1em; overflow-wrap: anywhere'>many_letters", "shredded"),
+        (
+            "<table><tr><td style='line-height: 1; width: 1em; overflow-wrap: anywhere'>a_name_of_many_letters",
+            "shredded",
+        ),
         ("<link rel='preconnect' href='http://example.org'>", "may ask for more"),
         ("<p>one</p><p style='margin-top: -2em'>two</p>", "written over"),
     ],
