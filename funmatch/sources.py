@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +15,10 @@ from data_prep.picture import Undecodable, size_as_viewed
 from funmatch.finding import Finding, broken, look, ok
 from student_trainer.config import FREE_ON_RESUME, Config, settings
 
+if TYPE_CHECKING:
+    from student_trainer.redis_store import Memory
+
+_FULL = 0.98  # of maxmemory: a batch more may not fit
 _MOST_SHARDS = 64  # of which a picture is decoded: spread over all, so that a thousand shards take a second
 
 
@@ -49,7 +55,7 @@ def check_pictures(index: Index) -> Iterator[Finding]:
 
 
 def check_store(url: str) -> Iterator[Finding]:
-    """Whether the store of a fixed teacher's logits can be used; a Redis server is greeted, nothing is written."""
+    """Whether the store of a fixed teacher's logits can be used; a Redis server is asked, nothing is written."""
     from student_trainer.logit_store import StoreGoneError, StoreKey, redacted
     from student_trainer.redis_store import RedisStore
     from views.setting import ViewSetting
@@ -60,11 +66,31 @@ def check_store(url: str) -> Iterator[Finding]:
     views = ViewSetting(setting="fix/cc").fixed
     key = StoreKey(fingerprint="", data_digest="", views=views, num_samples=1, num_classes=1, dtype="float32")
     try:
-        RedisStore(url, key).close()
+        with contextlib.closing(RedisStore(url, key)) as store:
+            memory = store.memory()
     except StoreGoneError as error:
         yield broken("store", str(error), "see that the address is right and can be reached from this machine")
     else:
-        yield ok("store", f"{redacted(url)} answers")
+        yield _full(redacted(url), memory)
+
+
+def _full(name: str, memory: Memory | None) -> Finding:
+    """How much more a Redis server takes, and whether it forgets."""
+    if memory is None:
+        return ok("store", f"{name} answers; this user may not ask how full it is")
+    if not memory.most:
+        return ok("store", f"{name} holds {_mb(memory.used)}, and has no maxmemory: it may take all of its machine's")
+    says = f"{name} holds {_mb(memory.used)} of {_mb(memory.most)}"
+    if memory.policy != "noeviction":
+        cure = "config set maxmemory-policy noeviction, and room for all pictures"
+        return look("store", f"{says}; when it is full it forgets ({memory.policy}) what is asked for next", cure)
+    if memory.used > _FULL * memory.most:
+        return broken("store", f"{says}: it is full", "raise its maxmemory, or choose another store")
+    return ok("store", says)
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
 
 
 def check_run(

@@ -11,6 +11,7 @@ what is asked for next (27 to 40 % hits against 51 %, measured where half an epo
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,18 @@ _BUCKET = 128  # samples of a hash
 _CONNECT_TIMEOUT_S = 2.0
 _TIMEOUT_S = 5.0
 _RETRIES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a server says of its memory."""
+
+    used: int
+    """Bytes."""
+    most: int
+    """maxmemory, bytes; 0: as much as the machine has."""
+    policy: str
+    """maxmemory-policy: what goes when it is full."""
 
 
 class RedisStore:
@@ -89,6 +102,16 @@ class RedisStore:
         except redis.RedisError as error:
             raise self._gone(error) from error
         self.counts.written += len(samples)
+
+    def memory(self) -> Memory | None:
+        """How full the server is; None where this user may not ask (+info)."""
+        try:
+            told: Any = self._redis.info("memory")
+        except redis.exceptions.NoPermissionError:
+            return None
+        except redis.RedisError as error:
+            raise self._gone(error) from error
+        return Memory(used=told["used_memory"], most=told["maxmemory"], policy=told["maxmemory_policy"])
 
     def close(self) -> None:
         """See LogitStore."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import free_port, serve
+from conftest import RedisServer, free_port, serve
 from data_prep.index import Index
 from funmatch import doctor, machine
 from student_trainer import checkpoint
@@ -185,6 +185,28 @@ def test_a_store_that_cannot_be_reached_is_found_and_its_password_is_not_shown(e
     assert code == 1
     assert "cannot be used" in found["store"]
     assert "secret" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "found_is"),
+    [
+        ((), None),
+        (("--maxmemory", "100mb"), None),
+        (("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"), "look: "),
+        (("--maxmemory", "100kb"), "broken: "),
+    ],
+)
+def test_a_store_that_is_full_or_forgets_is_found(examine, tmp_path, options, found_is):
+    server = RedisServer(tmp_path, *options)
+    try:
+        found = examine("--store", server.url)[1].get("store")
+    finally:
+        server.stop()
+    if found_is is None:
+        assert found is None
+    else:
+        assert found.startswith(found_is)
+        assert {"look: ": "forgets (allkeys-lru)", "broken: ": "raise its maxmemory"}[found_is] in found
 
 
 def save_run(folder: Path, data: str, teacher: str) -> None:
