@@ -40,8 +40,9 @@ IMAGES = ROOT / "docs" / "images"
 _STUDENTS = {"same_views": "same/ic+mix", "other_views": "ind/ic+mix"}  # each run's folder and --views.setting
 _PHOTOGRAPHED = "same_views"
 _REPLICAS = 2  # of the teacher
-_COLUMNS, _LINES = 100, 20
+_COLUMNS, _LINES = 104, 18
 _BOARD = (1400, 1030)  # TensorBoard's window, pixels
+_REPORT = 1770  # pixels of the report from its top: what follows is the second run's first batch
 _MIDDLE = 0.6  # of the run that is photographed
 _VIEWS_STEP = 300
 _MAX_BYTES = 250_000
@@ -84,7 +85,7 @@ def make(work: Path, out: Path, grafana_address: str | None) -> None:
         _do("report", *(str(work / "students" / name) for name in _STUDENTS), "--out", str(work))
         with Browser() as browser:
             _page(browser, work / "views.html", out / "views.png")
-            _page(browser, work / "report.html", out / "report.png")
+            _page(browser, work / "report.html", out / "report.png", _REPORT)
             _tensorboard(browser, work / "students", out / "tensorboard.png")
             _dashboard(browser, dashboard, (time.monotonic() - began) / 60, out / "grafana.png")
 
@@ -143,9 +144,9 @@ def _is_in_the_middle(text: str) -> bool:
     return step >= _MIDDLE * total and "evaluated after step" in text
 
 
-def _page(browser: Browser, file: Path, picture: Path) -> None:
+def _page(browser: Browser, file: Path, picture: Path, height: int | None = None) -> None:
     page = browser.open(file.resolve().as_uri())
-    page.picture(picture)
+    page.picture(picture, height)
     page.close()
     _smaller(picture)
 
@@ -186,7 +187,8 @@ def _dashboard(browser: Browser, address: str | None, minutes: float, picture: P
 def _smaller(picture: Path) -> None:
     """With 256 colours: text and curves look the same in a fifth of the bytes."""
     with Image.open(picture) as whole:
-        few = whole.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+        # Maximum coverage: others give the few pixels of a curve the colour of something else.
+        few = whole.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     data = io.BytesIO()
     few.save(data, format="PNG", optimize=True)
     picture.write_bytes(data.getvalue())
