@@ -79,12 +79,12 @@ class WeightsAndBiases:
         """Wait, a while, until all is sent."""
         import wandb
 
-        try:
-            if self._run is not None:
+        if self._run is not None:
+            try:
                 self._run.finish(exit_code=int(failed))
-        except Exception as error:
-            where = Path(self._run.dir).parent
-            log.error("Weights & Biases has not taken all (%s): `wandb sync %s` sends it", _reason(error), where)
+            except Exception as error:
+                where = Path(self._run.dir).parent
+                log.error("Weights & Biases has not taken all (%s): `wandb sync %s` sends it", _reason(error), where)
         with contextlib.suppress(Exception):
             wandb.teardown()  # at the interpreter's end it would say in a traceback that its process is gone
 
@@ -126,7 +126,7 @@ def _begin(config: Config, mode: Literal["offline"] | None = None) -> wandb.Run:
             finish_timeout_raises=True,
         ),
     )
-    run.config.update(settings(config), allow_val_change=True)  # what may change on resume
+    run.config.update(settings(config), allow_val_change=True)  # type: ignore[no-untyped-call]  # what may change
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
     where = f"kept in {Path(run.dir).parent}, for `wandb sync`" if run.offline else run.url
