@@ -236,7 +236,7 @@ def as_line(now: Now) -> str:
     values: dict[str, float | str | None] = {"step": now.step, "steps": now.total}
     values |= {name: now.numbers.get(name) for name in ("loss", "kl", "agreement_top1", "lr")}
     values |= {
-        "images_per_s": now.images_per_s, "teacher_wait": now.teacher_wait, "data_wait": now.data_wait,
+        "images_per_s": now.images_per_s, "teacher_wait": _share(now.teacher_wait), "data_wait": _share(now.data_wait),
         "eta_s": None if now.left_s is None else round(now.left_s), "view_mismatch": now.worst_mismatch,
     }  # fmt: skip
     if now.evaluated:
@@ -246,6 +246,10 @@ def as_line(now: Now) -> str:
         values["replicas"] = f"{sum(replica.serves for replica in replicas)}/{len(replicas)}"
         values["retries"] = sum(teacher.state.retries for teacher in now.teachers)
     return " ".join(f"{name}={_short(value)}" for name, value in values.items() if value is not None)
+
+
+def _share(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)  # finer is noise, and reads as 1.9e-05
 
 
 def _short(value: float | str) -> str:
