@@ -115,7 +115,7 @@ def _fits(entry: str, who: pb.Description, indexes: Sequence[Index]) -> Iterator
     for index in indexes:
         if index.classes and who.num_classes != len(index.classes):
             says = f"{entry} has {who.num_classes} classes, {index.root} {len(index.classes)}"
-            yield broken("classes", says, "serve a teacher for this data set, or give its own by --data.evaluate_root")
+            yield broken("classes", says, "serve a teacher for this data set, or give its own by --data.evaluate-root")
         if index.digest not in known:
             says = f"{entry} does not have {index.root}: pictures would travel as files"
             yield look("data at teacher", says, "start it with --data and the same prepared folder")

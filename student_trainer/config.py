@@ -187,10 +187,10 @@ class Config:
             "prefetch", "eval_batch", "log_every", "checkpoint_every",
         ):  # fmt: skip
             if get_setting(self, name) <= 0:
-                raise ValueError(f"--{name} is {get_setting(self, name)}; it must be greater than 0")
+                raise ValueError(f"{flag(name)} is {get_setting(self, name)}; it must be greater than 0")
         if self.optim.warmup_steps > 1 and self.optim.warmup_steps % 1:
             raise ValueError(
-                f"--optim.warmup_steps is {self.optim.warmup_steps}; give whole steps, or a share of the run below 1"
+                f"--optim.warmup-steps is {self.optim.warmup_steps}; give whole steps, or a share of the run below 1"
             )
         if not 8 <= self.student.size <= 1024:
             raise ValueError(f"--student.size is {self.student.size}; give 8 to 1024 pixels")
@@ -212,6 +212,11 @@ FREE_ON_RESUME = frozenset({
     "teacher.patience_s", "teacher.audit_every", "teacher.audit_views", "data.evaluate", "data.evaluate_root",
     "data.eval_crop", "data.eval_keep", "student.weights",
 })  # fmt: skip
+
+
+def flag(name: str) -> str:
+    """How a setting is spelled on a command line."""
+    return "--" + name.replace("_", "-")
 
 
 def get_setting(config: Config, name: str) -> Any:
@@ -244,8 +249,8 @@ def override(config: Config, args: Sequence[str]) -> Config:
         Config, default=config, args=list(args), return_unknown_args=True, prog="student_trainer/main.py"
     )
     if unknown:
-        known = ["--" + name for name in settings(config)]
-        guess = difflib.get_close_matches(unknown[0].replace("-", "_").replace("__", "--", 1), known, n=3)
+        known = [flag(name) for name in settings(config)]
+        guess = difflib.get_close_matches(unknown[0].replace("_", "-"), known, n=3)
         hint = f" Did you mean {' or '.join(guess)}?" if guess else ""
         sys.exit(f"unknown setting {unknown[0]}.{hint}\nknown settings:\n  " + "\n  ".join(known))
     return result

@@ -1,6 +1,6 @@
 """What a run tells Prometheus while it goes on: its last step's numbers, and how its teachers' replicas do.
 
-    http://HOST:PORT/metrics     rank 0 of this machine at --metrics_address, its second rank one port higher, ...
+    http://HOST:PORT/metrics     rank 0 of this machine at --metrics-address, its second rank one port higher, ...
 
 The record of a run is metrics.jsonl (metrics.py); this is a window for whoever watches, and nothing is kept here.
 
@@ -45,7 +45,7 @@ class Exporter(Collector):
         """
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
-            raise ValueError(f"--metrics_address {address!r}: HOST:PORT is wanted, as in 127.0.0.1:9091")
+            raise ValueError(f"--metrics-address {address!r}: HOST:PORT is wanted, as in 127.0.0.1:9091")
         self._fleets = fleets
         self._line: dict[str, float] = {}
         self._worst_mismatch: float | None = None
@@ -55,7 +55,7 @@ class Exporter(Collector):
             self._server, self._thread = start_http_server(int(port) + local_rank, host, registry)
         except OSError as error:
             raise ValueError(
-                f"cannot listen on {host}:{int(port) + local_rank} (--metrics_address): {error}"
+                f"cannot listen on {host}:{int(port) + local_rank} (--metrics-address): {error}"
             ) from error
         self.port = self._server.server_port
 

@@ -3,7 +3,7 @@
     a terminal         a view that stays in its place and is drawn anew every second (screen.py)
     none, or a dumb    a log line of key=value pairs every ten seconds
     one (TERM=dumb)    and after evaluations: step=120 steps=1500 loss=0.412 ... eta_s=340 replicas=2/2
-    --log_format json  the same line, as the message of a JSON object
+    --log-format json  the same line, as the message of a JSON object
 
 The loop hands over numbers that it has anyway: microseconds a step. Drawing and asking the fleets happen elsewhere, and
 nothing that goes wrong there reaches the loop. The record of a run is metrics.jsonl (metrics.py).

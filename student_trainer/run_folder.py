@@ -6,7 +6,7 @@
     metrics.jsonl        the record: a JSON object a line   as it goes on (metrics.py)
     tensorboard/         the same numbers for TensorBoard   as it goes on (metrics.py)
     wandb/, wandb_id.txt what went to Weights & Biases, and the run's id there (--wandb; weights_and_biases.py)
-    checkpoints/         step_00001200.pt, the newest two   every --checkpoint_every steps (checkpoint.py)
+    checkpoints/         step_00001200.pt, the newest two   every --checkpoint-every steps (checkpoint.py)
     teacher.log          what a teacher beside the run says while there is one; the next ones' teacher_1.log, ...
     model.safetensors    the student                        at the end
     summary.json         the last numbers                   at the end: a folder that has it is of a finished run

@@ -52,7 +52,7 @@ class Schedule:
         if not 0 <= self.warmup_steps < self.num_steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps}, but the run has {self.num_steps} steps: give it at least 0 and "
-                "fewer than the run's steps (--optim.warmup_steps 0.05 is a twentieth of any run), or train longer "
+                "fewer than the run's steps (--optim.warmup-steps 0.05 is a twentieth of any run), or train longer "
                 "(--optim.epochs)"
             )
 

@@ -45,7 +45,7 @@ import optuna
 from optuna.trial import TrialState
 
 from student_trainer import sweep_points as points
-from student_trainer.config import Config, override, settings
+from student_trainer.config import Config, flag, override, settings
 from student_trainer.recipes import RECIPES
 from student_trainer.sweep_points import PAPER_GRID, SETTING_OF, Point
 
@@ -115,7 +115,7 @@ def _refuse_what_the_grid_decides(recipe: Config, config: Config) -> None:
     before, after = settings(recipe), settings(config)
     for name, setting in SETTING_OF.items():
         if before[setting] != after[setting]:
-            sys.exit(f"--{setting} is what the sweep chooses; for one value give --grid {name}={after[setting]}")
+            sys.exit(f"{flag(setting)} is what the sweep chooses; for one value give --grid {name}={after[setting]}")
 
 
 def _grid(given: Sequence[str], config: Config) -> tuple[Point, ...]:

@@ -218,7 +218,7 @@ class FixedTeacher:
     def _note_failure(self, error: StoreGoneError) -> None:
         if self._on_failure == "stop":
             raise error
-        log.warning("%s. The teacher is asked instead, for %g s at least (--teacher.store_failure ask)",
+        log.warning("%s. The teacher is asked instead, for %g s at least (--teacher.store-failure ask)",
                     error, _STORE_REST_S)  # fmt: skip
         self._trust_again = time.monotonic() + _STORE_REST_S
 

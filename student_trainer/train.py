@@ -29,7 +29,7 @@ import models
 from data_prep.index import Index
 from student_trainer import checkpoint, run_folder, weights_and_biases
 from student_trainer.audit import ViewAudit, teacher_rendering
-from student_trainer.config import FREE_ON_RESUME, Config, settings
+from student_trainer.config import FREE_ON_RESUME, Config, flag, settings
 from student_trainer.evaluate import Evaluation
 from student_trainer.exporter import Exporter
 from student_trainer.fleet import Audit, Fleet, TeacherError
@@ -91,7 +91,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
                     "prepare own pictures with --hold-out 0.1, which makes a split val"
                 )
         if config.optim.batch_size % world.size:
-            raise ValueError(f"--optim.batch_size {config.optim.batch_size} is no multiple of {world.size} processes")
+            raise ValueError(f"--optim.batch-size {config.optim.batch_size} is no multiple of {world.size} processes")
         plan = Plan(
             seed=config.seed, batch_size=config.optim.batch_size, law=config.views.student,
             samples=index.splits[config.data.train], height=index.height, width=index.width,
@@ -139,7 +139,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
                 raise ValueError(
                     f"the teacher has {num_classes} classes, {eval_index.root} {len(eval_index.classes)}: is it a "
                     "teacher for this data set? To learn from pictures of another one, give the teacher's own by "
-                    "--data.evaluate_root"
+                    "--data.evaluate-root"
                 )
         else:
             num_classes = len(index.classes)
@@ -321,7 +321,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
                 if not math.isfinite(line[name]):
                     raise NonFiniteLossError(
                         f"the {name} is {line[name]} at step {step}, on all ranks, before the update. The last "
-                        "checkpoint is from before it. A lower --optim.lr or more --optim.warmup_steps often help."
+                        "checkpoint is from before it. A lower --optim.lr or more --optim.warmup-steps often help."
                     )
             scaler.step(optimizer)
             scaler.update()
@@ -441,7 +441,7 @@ def _introduce(
     config: Config, world: World, student: nn.Module, met: Sequence[Fleet], total_steps: int, first_step: int
 ) -> None:
     """Before the first step: the resolved config, the parameter table, one line per process."""
-    world.say(f"recipe {config.recipe}:\n" + "\n".join(f"  --{k} {v}" for k, v in settings(config).items()))
+    world.say(f"recipe {config.recipe}:\n" + "\n".join(f"  {flag(k)} {v}" for k, v in settings(config).items()))
     table = [(name, sum(p.numel() for p in child.parameters())) for name, child in student.named_children()]
     rows = [f"  {name:24}{count:>14,}" for name, count in [*table, ("total", sum(count for _, count in table))]]
     world.say(f"student {config.student.architecture}, parameters:\n" + "\n".join(rows))

@@ -100,8 +100,8 @@ class TokenGuard(grpc.ServerInterceptor):
         if handler_call_details.method == _CHECK:
             return self._health
         if shown:
-            return self._refusal("this teacher does not know the token (--teacher.token_file)")
-        return self._refusal("this teacher wants a token: send `authorization: Bearer TOKEN` (--teacher.token_file)")
+            return self._refusal("this teacher does not know the token (--teacher.token-file)")
+        return self._refusal("this teacher wants a token: send `authorization: Bearer TOKEN` (--teacher.token-file)")
 
     def _knows(self, shown: str | bytes) -> bool:
         if not isinstance(shown, str) or shown[: len(_SCHEME)].lower() != _SCHEME:

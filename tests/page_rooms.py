@@ -187,6 +187,7 @@ ROOMS: dict[str, Callable[[list[str]], None]] = {
     "benchmarks.study": _study,
     "benchmarks.bench": _bench,
     "models.zoo": _zoo,
+    "docs.make_screenshots": _arguments("docs.make_screenshots"),
 }
 """What `python -m` runs."""
 

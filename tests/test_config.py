@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import student_trainer.main as door
-from student_trainer.config import FREE_ON_RESUME, settings
+from student_trainer.config import FREE_ON_RESUME, flag, settings
 from student_trainer.recipes import RECIPES
 from views.setting import ViewSetting
 
@@ -42,10 +42,10 @@ def test_an_unknown_setting_is_refused_with_the_known_ones_listed():
     words = str(refused.value)
     assert "unknown setting --optim.learning-rate" in words
     for known in settings(RECIPES["digits/demo"].config):
-        assert f"--{known}" in words
+        assert flag(known) in words
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("--optim.l", "--optim.lr"), ("--optim.batchsize", "--optim.batch_size")])
+@pytest.mark.parametrize(("typed", "meant"), [("--optim.l", "--optim.lr"), ("--optim.batchsize", "--optim.batch-size")])
 def test_a_near_miss_is_guessed(typed, meant):
     with pytest.raises(SystemExit, match=rf"Did you mean .*{meant}"):
         door.parse(["--recipe=digits/demo", f"{typed}=3"])
@@ -54,7 +54,7 @@ def test_a_near_miss_is_guessed(typed, meant):
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("--optim.batch-size=0", "--optim.batch_size is 0; it must be greater than 0"),
+        ("--optim.batch-size=0", "--optim.batch-size is 0; it must be greater than 0"),
         ("--optim.warmup-steps=1.5", "give whole steps, or a share of the run below 1"),
         ("--views.min-area=2", "min_area is 2.0"),
         ("--views.setting=fix/ic", "there is no view setting 'fix/ic'; the paper's are fix/rs, fix/cc"),

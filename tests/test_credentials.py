@@ -89,7 +89,7 @@ def ask(*replicas: str, look_up=None, **credentials) -> None:
 def test_tls_checks_who_the_teacher_is(keys, other_keys):
     with serving(keys) as address:
         ask(address, ca=keys / "ca.pem")
-        with pytest.raises(TeachersGoneError, match=r"its certificate is not of --teacher.tls_ca"):
+        with pytest.raises(TeachersGoneError, match=r"its certificate is not of --teacher.tls-ca"):
             ask(address, ca=other_keys / "ca.pem")
 
 
@@ -99,19 +99,19 @@ def test_a_certificate_must_have_the_name_that_was_looked_up_or_told(keys):
         looked_up = {"look_up": lambda name, port: frozenset({address})}
         ask(f"dns:///teacher:{port}", ca=keys / "ca.pem", **looked_up)
         ask(f"dns:///anything:{port}", ca=keys / "ca.pem", name="teacher", **looked_up)
-        with pytest.raises(TeachersGoneError, match=r"UNAVAILABLE.*--teacher.tls_name"):
+        with pytest.raises(TeachersGoneError, match=r"UNAVAILABLE.*--teacher.tls-name"):
             ask(f"dns:///anything:{port}", ca=keys / "ca.pem", **looked_up)
 
 
 def test_mutual_tls_shows_our_certificate(keys, other_keys):
     with serving(keys, client_ca=keys / "ca.pem") as address:
         ask(address, ca=keys / "ca.pem", cert=keys / "client.pem", key=keys / "client.key")
-        with pytest.raises(TeachersGoneError, match=r"does it want a certificate of ours\? --teacher.tls_cert"):
+        with pytest.raises(TeachersGoneError, match=r"does it want a certificate of ours\? --teacher.tls-cert"):
             ask(address, ca=keys / "ca.pem")
 
 
 def test_the_wrong_language_is_guessed_at(keys):
-    with serving(keys) as address, pytest.raises(TeachersGoneError, match=r"does it want TLS\? --teacher.tls_ca"):
+    with serving(keys) as address, pytest.raises(TeachersGoneError, match=r"does it want TLS\? --teacher.tls-ca"):
         ask(address)
     with serving() as address, pytest.raises(TeachersGoneError, match=r"it does not speak TLS"):
         ask(address, ca=keys / "ca.pem")
@@ -131,7 +131,7 @@ def test_without_the_right_token_a_run_ends_at_once_and_says_which_setting(keys,
     (tmp_path / "wrong").write_text("another-token-that-nobody-knows\n")
     with serving(door=Door(TOKEN)) as address:
         for credentials in ({}, {"token": Token(tmp_path / "wrong")}):
-            with pytest.raises(TeacherRefusedError, match=r"does not know us: UNAUTHENTICATED.*--teacher.token_file"):
+            with pytest.raises(TeacherRefusedError, match=r"does not know us: UNAUTHENTICATED.*--teacher.token-file"):
                 ask(address, **credentials)
 
 
@@ -151,7 +151,7 @@ def test_a_token_that_is_renewed_is_taken_up(tmp_path):
 
 def test_a_token_never_crosses_a_network_in_clear(keys):
     token = Token(keys / "token")
-    with pytest.raises(ValueError, match=r"would cross the network to 10.0.0.1:5 in clear.*--teacher.tls_ca"):
+    with pytest.raises(ValueError, match=r"would cross the network to 10.0.0.1:5 in clear.*--teacher.tls-ca"):
         ask("10.0.0.1:5", token=token)
     with pytest.raises(TeachersGoneError, match=r"would cross the network to 10.0.0.2:5 in clear"):
         ask("dns:///teacher:5", token=token, look_up=lambda name, port: frozenset({"10.0.0.2:5"}))
@@ -161,15 +161,15 @@ def test_a_token_never_crosses_a_network_in_clear(keys):
 def test_files_that_are_not_what_they_should_be_are_named(keys, tmp_path):
     no_pem = tmp_path / "x.pem"
     no_pem.write_text("hello")
-    with pytest.raises(ValueError, match=r"cannot read .*absent.pem \(--teacher.tls_ca\): No such file"):
+    with pytest.raises(ValueError, match=r"cannot read .*absent.pem \(--teacher.tls-ca\): No such file"):
         Credentials(ca=tmp_path / "absent.pem")
-    with pytest.raises(ValueError, match=r"x.pem \(--teacher.tls_ca\) is no PEM file"):
+    with pytest.raises(ValueError, match=r"x.pem \(--teacher.tls-ca\) is no PEM file"):
         Credentials(ca=no_pem)
     with pytest.raises(ValueError, match="give both, or neither"):
         Credentials(ca=keys / "ca.pem", cert=keys / "client.pem")
-    with pytest.raises(ValueError, match=r"--teacher.tls_cert needs --teacher.tls_ca"):
+    with pytest.raises(ValueError, match=r"--teacher.tls-cert needs --teacher.tls-ca"):
         Credentials(cert=keys / "client.pem", key=keys / "client.key")
-    with pytest.raises(ValueError, match=r"cannot read .*absent \(--teacher.token_file\)"):
+    with pytest.raises(ValueError, match=r"cannot read .*absent \(--teacher.token-file\)"):
         Token(tmp_path / "absent")
     no_pem.write_text("\n \n")
     with pytest.raises(ValueError, match=r"holds no token"):

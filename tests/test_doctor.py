@@ -235,4 +235,4 @@ def test_a_run_folder_whose_checkpoints_are_damaged_is_found(examine, tmp_path):
 
 
 def test_files_of_credentials_that_are_not_there_are_found(examine, teachers, tmp_path):
-    assert "--teacher.tls_ca" in examine("--teacher", teachers[0], "--tls-ca", str(tmp_path / "ca"))[1]["credentials"]
+    assert "--teacher.tls-ca" in examine("--teacher", teachers[0], "--tls-ca", str(tmp_path / "ca"))[1]["credentials"]

@@ -458,7 +458,7 @@ def test_a_run_that_waits_says_so_and_what_each_replica_said(caplog, monkeypatch
         with serving(ScriptedTeacher(), address):
             answer.result()
     said = [record.getMessage() for record in caplog.records]
-    (waiting,) = [sentence for sentence in said if "waiting up to 20 s (--teacher.patience_s)" in sentence]
+    (waiting,) = [sentence for sentence in said if "waiting up to 20 s (--teacher.patience-s)" in sentence]
     assert f"{address}: UNAVAILABLE" in waiting
     assert any("the run goes on" in sentence for sentence in said)
 

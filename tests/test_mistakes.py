@@ -233,11 +233,11 @@ MISTAKES = {
     ),
     "a token that is not the teacher's": (
         TRAIN + "--teacher {guarded} --teacher.token-file wrong_token",
-        "--teacher.token_file",
+        "--teacher.token-file",
     ),
-    "no token": (TRAIN + "--teacher {guarded}", "--teacher.token_file"),
-    "a teacher that wants TLS": (TRAIN + "--teacher {tls}", "does it want TLS? --teacher.tls_ca"),
-    "a key that is not there": (TRAIN + "--teacher {tls} --teacher.tls-ca nowhere", "--teacher.tls_ca"),
+    "no token": (TRAIN + "--teacher {guarded}", "--teacher.token-file"),
+    "a teacher that wants TLS": (TRAIN + "--teacher {tls}", "does it want TLS? --teacher.tls-ca"),
+    "a key that is not there": (TRAIN + "--teacher {tls} --teacher.tls-ca nowhere", "--teacher.tls-ca"),
     "a teacher that renders otherwise": (
         TRAIN + "--teacher {first} --student.antialias",
         "Start it with the same --interpolation and --antialias",
@@ -246,7 +246,7 @@ MISTAKES = {
         TRAIN + "--teacher {first} --views.setting fix/cc --teacher.store redis://127.0.0.1:1",
         "choose another store",
     ),
-    "a batch that cannot be divided": (TRAIN + "--optim.batch-size 0", "--optim.batch_size is 0"),
+    "a batch that cannot be divided": (TRAIN + "--optim.batch-size 0", "--optim.batch-size is 0"),
     # of looking at it
     "a report of nothing": ("report empty", "is it the folder of a run?"),
 }

@@ -166,8 +166,8 @@ def test_one_recipe_is_explained_with_its_command_and_every_setting():
     )  # fmt: skip
     assert "torchrun student_trainer/main.py --recipe sun397/funmatch/1k" in run.stdout
     assert "code: lr 0.001; table 4: --optim.lr 0.003" in run.stdout
-    assert "--views.no_fold_lambda" in run.stdout
-    assert "--optim.weight_decay 0.0001" in run.stdout
+    assert "--views.no-fold-lambda" in run.stdout
+    assert "--optim.weight-decay 0.0001" in run.stdout
 
 
 def test_the_other_choice_is_one_setting_away():

@@ -244,7 +244,7 @@ def test_a_call_without_the_token_is_unauthenticated_whatever_it_is(guarded):
             with pytest.raises(grpc.RpcError) as error:
                 call()
             assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED, name
-            assert "--teacher.token_file" in error.value.details()
+            assert "--teacher.token-file" in error.value.details()
         for name in ("", "funmatch.v1.Teacher"):
             check = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
             assert check.status == health_pb2.HealthCheckResponse.NOT_SERVING, "probes have no token"

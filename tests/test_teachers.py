@@ -208,7 +208,7 @@ def test_out_of_domain_pictures_travel_as_files_to_a_teacher_that_has_only_its_o
 def test_pictures_of_another_kind_need_the_teachers_data_set_named(tiny_data, tiny_model, other_pictures, tmp_path):
     with serve((tiny_model, tiny_data)) as addresses:
         config = a_run(other_pictures, addresses, tmp_path)
-        with pytest.raises(ValueError, match=r"the teacher has 6 classes, .* 3: .*--data.evaluate_root"):
+        with pytest.raises(ValueError, match=r"the teacher has 6 classes, .* 3: .*--data.evaluate-root"):
             train(config, World())
 
 

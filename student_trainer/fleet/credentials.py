@@ -61,12 +61,12 @@ class Token:
             if (state.st_mtime_ns, state.st_size) != self._seen:
                 words = self._path.read_text(encoding="ascii").split()
                 if not words:
-                    raise ValueError(f"{self._path} (--teacher.token_file) holds no token")
+                    raise ValueError(f"{self._path} (--teacher.token-file) holds no token")
                 self._words, self._seen = words[0], (state.st_mtime_ns, state.st_size)
         except OSError as error:
-            raise ValueError(f"cannot read {self._path} (--teacher.token_file): {error.strerror}") from error
+            raise ValueError(f"cannot read {self._path} (--teacher.token-file): {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self._path} (--teacher.token_file) holds no token: it is not plain text") from error
+            raise ValueError(f"{self._path} (--teacher.token-file) holds no token: it is not plain text") from error
         return self._words
 
 
@@ -87,10 +87,10 @@ class Credentials:
 
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
-            raise ValueError("--teacher.tls_cert and --teacher.tls_key belong together: give both, or neither")
+            raise ValueError("--teacher.tls-cert and --teacher.tls-key belong together: give both, or neither")
         if self.cert is not None and self.ca is None:
             raise ValueError(
-                "--teacher.tls_cert needs --teacher.tls_ca: the teachers' own certificates are checked too"
+                "--teacher.tls-cert needs --teacher.tls-ca: the teachers' own certificates are checked too"
             )
         self._tls()
 
@@ -107,7 +107,7 @@ class Credentials:
             if self.token is not None and not place.stays_here:
                 raise ValueError(
                     f"the token would cross the network to {place.target} in clear: give the certificate of the "
-                    "teachers' authority by --teacher.tls_ca, or leave out --teacher.token_file"
+                    "teachers' authority by --teacher.tls-ca, or leave out --teacher.token-file"
                 )
             return grpc.insecure_channel(place.target, options=options)
         if name := self.name or place.name:
@@ -129,22 +129,22 @@ class Credentials:
         torn = ("Socket closed", "Connection reset", "End of TCP stream", "tcp handshaker shutdown")
         hung_up = "failed to connect" in details and any(words in details for words in torn)
         if self.ca is None:
-            return " (does it want TLS? --teacher.tls_ca)" if hung_up else ""
+            return " (does it want TLS? --teacher.tls-ca)" if hung_up else ""
         if "CERTIFICATE_VERIFY_FAILED" in details:
-            return " (its certificate is not of --teacher.tls_ca, or out of date)"
+            return " (its certificate is not of --teacher.tls-ca, or out of date)"
         if "Hostname Verification Check failed" in details or "Peer name" in details:
-            return " (its certificate has another name: --teacher.tls_name)"
+            return " (its certificate has another name: --teacher.tls-name)"
         if "WRONG_VERSION_NUMBER" in details:
-            return " (it does not speak TLS: leave out --teacher.tls_ca, or give it --tls-cert)"
+            return " (it does not speak TLS: leave out --teacher.tls-ca, or give it --tls-cert)"
         if hung_up and self.cert is None:
-            return " (does it want a certificate of ours? --teacher.tls_cert)"
+            return " (does it want a certificate of ours? --teacher.tls-cert)"
         return ""
 
     def _tls(self) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(
-            _pem(self.ca, "--teacher.tls_ca"),
-            _pem(self.key, "--teacher.tls_key"),
-            _pem(self.cert, "--teacher.tls_cert"),
+            _pem(self.ca, "--teacher.tls-ca"),
+            _pem(self.key, "--teacher.tls-key"),
+            _pem(self.cert, "--teacher.tls-cert"),
         )
 
 

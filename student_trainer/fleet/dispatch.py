@@ -164,7 +164,7 @@ class Dispatcher:
             with self._changed:
                 words = self._roster.last_words("\n  ")
             raise TeachersGoneError(
-                f"no teacher has answered for {silent_s:.0f} s (--teacher.patience_s). Last words:{words}"
+                f"no teacher has answered for {silent_s:.0f} s (--teacher.patience-s). Last words:{words}"
             )
 
     def hurry(self, patience_s: float) -> None:
@@ -301,7 +301,7 @@ class Dispatcher:
         if silent_s > (_SAY_EVERY_S if self._roster.serving() else _SAY_AFTER_S) and now - self._said > _SAY_EVERY_S:
             self._said = now
             log.warning(
-                "no teacher has answered for %.0f s; waiting up to %.0f s (--teacher.patience_s). Last words:%s",
+                "no teacher has answered for %.0f s; waiting up to %.0f s (--teacher.patience-s). Last words:%s",
                 silent_s, self._patience_s, self._roster.last_words("\n  "),
             )  # fmt: skip
 
@@ -395,7 +395,7 @@ class Dispatcher:
         if part.tries >= _MANY and time.monotonic() - part.first_sent > patience_s:
             words = self._roster.last_words("\n  ")
             self._give_up(part, TeachersGoneError(
-                f"no teacher has answered in {part.tries} tries and {patience_s:.0f} s (--teacher.patience_s). "
+                f"no teacher has answered in {part.tries} tries and {patience_s:.0f} s (--teacher.patience-s). "
                 f"Last words:{words}"
             ))  # fmt: skip
             return

@@ -157,7 +157,7 @@ class Replica:
         details = error.details() or ""
         verdict = judge(error)
         if verdict is Verdict.LOCKED_OUT:
-            return f"{error.code().name}: {details} (our token: --teacher.token_file)"
+            return f"{error.code().name}: {details} (our token: --teacher.token-file)"
         hint = self._credentials.hint(details) if error.code() is grpc.StatusCode.UNAVAILABLE else ""
         return f"{error.code().name}: {details}{hint}"
 

@@ -3,7 +3,7 @@
 import argparse
 import textwrap
 
-from student_trainer.config import settings
+from student_trainer.config import flag, settings
 from student_trainer.recipes import RECIPES, Recipe
 
 
@@ -42,7 +42,7 @@ def _explain(recipe: Recipe) -> None:
         print(textwrap.fill(choice, 116, initial_indent="  Follows: ", subsequent_indent="    "))
     print(f"\n  {recipe.command}\n")
     for name, value in settings(recipe.config).items():
-        print(f"  --{name} {value}")
+        print(f"  {flag(name)} {value}")
     print()
 
 

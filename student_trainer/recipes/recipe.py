@@ -9,7 +9,7 @@ from student_trainer.config import Config
 
 _MIXUP = (
     "Mixup as in the released code since 2024: lambda folded to [1/2, 1], partners in the global batch; paper: lambda "
-    "in [0, 1], --views.no_fold_lambda; code of 2022: partners within a device, --views.mixup_groups NUM_DEVICES"
+    "in [0, 1], --views.no-fold-lambda; code of 2022: partners within a device, --views.mixup-groups NUM_DEVICES"
 )
 
 
