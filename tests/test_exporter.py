@@ -59,7 +59,7 @@ def test_prometheus_sees_the_last_step_and_every_replica(tiny_model, tiny_data):
 
 def test_a_port_that_is_taken_and_an_address_that_is_none_are_said(tmp_path):
     with Exporter("127.0.0.1:0", 0, []) as exporter:
-        with pytest.raises(ValueError, match=rf"cannot listen on 127.0.0.1:{exporter.port} \(--metrics_address\)"):
+        with pytest.raises(ValueError, match=rf"cannot listen on 127.0.0.1:{exporter.port} \(--metrics-address\)"):
             Exporter(f"127.0.0.1:{exporter.port - 1}", 1, [])
     with pytest.raises(ValueError, match="HOST:PORT is wanted"):
         Exporter("9091", 0, [])

@@ -163,7 +163,7 @@ def test_without_labels_a_run_reports_agreement_and_kl_and_no_accuracy(unlabelle
     main_of_report([str(unlabelled_run), "--out", str(tmp_path)])
     said = capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
-    assert "Against epochs" in page and "agreement" in page
+    assert "against epochs" in page and "agreement" in page
     assert "agreement of the two" in said and "student top-1" not in said
 
 
