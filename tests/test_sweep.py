@@ -131,6 +131,7 @@ def swept(tiny_model, tiny_data, tmp_path_factory):
     return run_dir, killed, outputs
 
 
+@pytest.mark.suite
 def test_every_trial_ran_once_and_the_killed_one_went_on_from_its_checkpoint(swept):
     run_dir, killed, _ = swept
     folders = {run_dir / "trials" / point.name for point in GRID}
@@ -144,6 +145,7 @@ def test_every_trial_ran_once_and_the_killed_one_went_on_from_its_checkpoint(swe
         assert Point(*found).name == folder.name
 
 
+@pytest.mark.suite
 def test_the_best_on_one_split_is_chosen_and_evaluated_on_the_other(swept, tiny_data):
     run_dir, _, outputs = swept
     record = json.loads((run_dir / "sweep.json").read_text())
@@ -162,6 +164,7 @@ def test_the_best_on_one_split_is_chosen_and_evaluated_on_the_other(swept, tiny_
     assert "[4/4]" in said and said.count("top-1 on val") == 2
 
 
+@pytest.mark.suite
 def test_weights_evaluated_afterwards_score_as_they_did_in_their_run(swept, tiny_data):
     run_dir, _, _ = swept
     sweep = parse(command(tiny_data, run_dir)[3:])
@@ -173,6 +176,7 @@ def test_weights_evaluated_afterwards_score_as_they_did_in_their_run(swept, tiny
         assert score["student_xent"] == pytest.approx(summary["student_xent"], rel=1e-5)
 
 
+@pytest.mark.suite
 def test_trials_ask_the_teacher_beside_their_worker_and_start_none(swept):
     run_dir, _, outputs = swept
     assert not list(run_dir.glob("trials/*/teacher*.log"))
@@ -180,12 +184,14 @@ def test_trials_ask_the_teacher_beside_their_worker_and_start_none(swept):
     assert not any("starting a teacher" in output for output in outputs), "theirs was given"
 
 
+@pytest.mark.suite
 def test_a_finished_sweep_says_its_table_again_and_needs_no_teacher(swept, tiny_data):
     run_dir, _, _ = swept
     output = finish(start(command(tiny_data, run_dir)))
     assert "<- chosen" in output and "trial lr_" not in output
 
 
+@pytest.mark.suite
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_a_sweep_goes_on_with_its_own_settings_only(swept, tiny_data):
     run_dir, _, _ = swept

@@ -90,6 +90,7 @@ def signals_as_they_were():
         signal.signal(number, handler)
 
 
+@pytest.mark.suite
 def test_every_line_is_there_with_settings_and_name_and_a_run_goes_on_under_its_id(
     tiny_data: Path, tmp_path: Path, offline: None, signals_as_they_were: None
 ) -> None:
