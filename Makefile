@@ -37,7 +37,7 @@ test: .venv/installed ## all tests, on the CPU, without network
 	$(BIN)/pytest -n 2 --dist worksteal
 
 .PHONY: suite
-suite: .venv/installed ## the long tests too: the tiny form of every recipe
+suite: .venv/installed ## the long tests: the tiny form of every recipe, long faults, 100,000 damaged messages
 	$(BIN)/pytest -n 2 --dist worksteal -m suite
 
 .PHONY: docs

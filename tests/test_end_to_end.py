@@ -169,6 +169,7 @@ def test_a_teacher_killed_in_the_middle_and_started_again_changes_nothing(
     assert weights(tmp_path / "run") == weights(undisturbed)
 
 
+@pytest.mark.suite
 def test_teachers_that_are_gone_end_all_ranks_together_and_nothing_is_lost(
     undisturbed, teachers, tiny_model, tiny_data, tmp_path
 ):
@@ -215,6 +216,7 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(undi
     assert "student_trainer/train.py" not in output, "a sentence, not a traceback"
 
 
+@pytest.mark.suite
 def test_a_run_without_addresses_starts_a_teacher_of_its_own(tiny_model, tiny_data, tmp_path):
     """From another folder, with one rank; labels-only training of two ranks is next."""
     args = [*command(tiny_data, tmp_path / "run", ranks=1), f"--teacher.model={tiny_model}", "--optim.epochs=16"]
@@ -224,6 +226,7 @@ def test_a_run_without_addresses_starts_a_teacher_of_its_own(tiny_model, tiny_da
     assert "stopped" in log, "the teacher ends with the run"
 
 
+@pytest.mark.suite
 def test_supervised_mode_learns_from_labels_and_stops_on_a_loss_that_is_no_number(tiny_data, tmp_path):
     labels = ["--targets=labels", "--optim.epochs=20"]
     finish(start([*command(tiny_data, tmp_path / "run"), *labels], tmp_path))

@@ -102,6 +102,7 @@ def losses(config: Config) -> list[float]:
     return [line["loss"] for line in lines(config)]
 
 
+@pytest.mark.suite
 def test_a_fill_that_is_killed_halfway_goes_on_and_each_picture_is_stored_once(
     data, tiny_model, redis_server, tmp_path, capsys
 ):
@@ -173,6 +174,7 @@ def stop_at_step(server, config: Config, step: int) -> threading.Thread:
     return thread
 
 
+@pytest.mark.suite
 def test_redis_gone_while_training_stops_the_run_with_a_sentence_and_a_checkpoint(
     data, tiny_model, redis_server, tmp_path, undisturbed
 ):
@@ -189,6 +191,7 @@ def test_redis_gone_while_training_stops_the_run_with_a_sentence_and_a_checkpoin
     assert losses(config) == undisturbed
 
 
+@pytest.mark.suite
 def test_redis_gone_while_training_changes_no_target_where_the_teacher_may_be_asked(
     data, tiny_model, redis_server, tmp_path, undisturbed
 ):
@@ -202,6 +205,7 @@ def test_redis_gone_while_training_changes_no_target_where_the_teacher_may_be_as
     assert shares[0] == 0 and shares[-1] == 1, "counted: first found, then computed again"
 
 
+@pytest.mark.suite
 def test_a_value_flipped_by_hand_is_computed_again_and_counted(
     data, tiny_model, redis_server, tmp_path, undisturbed, capsys
 ):
@@ -223,6 +227,7 @@ def test_a_value_flipped_by_hand_is_computed_again_and_counted(
     assert losses(config) == undisturbed
 
 
+@pytest.mark.suite
 def test_a_value_that_rots_or_is_evicted_while_training_is_computed_again(
     data, tiny_model, redis_server, tmp_path, undisturbed
 ):

@@ -247,6 +247,7 @@ def test_sigterm_ends_even_a_process_whose_device_hangs_within_the_stated_time(r
     assert '"left_behind": true' in one.log.read_text()
 
 
+@pytest.mark.suite
 def test_a_rolling_restart_under_load_loses_nothing(replica):
     """Four callers ask without a pause, each the replica that answered last, and the other when it is UNAVAILABLE."""
     fleet = [replica(port=free_port()) for _ in range(2)]

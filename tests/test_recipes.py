@@ -85,6 +85,7 @@ def run_tiny(name: str, folder: Path, teachers: Teachers) -> None:
         assert summary["view_mismatch_max"] == 0
 
 
+@pytest.mark.suite
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_recipe_of_each_family_runs_in_its_tiny_form(name, folder, teachers):
     run_tiny(name, folder, teachers)
