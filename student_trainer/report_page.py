@@ -184,7 +184,7 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
 
 
 def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return _NONE if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _speed(runs: Sequence[Run], names: Sequence[str]) -> str:
