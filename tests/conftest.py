@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import socket
@@ -15,7 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from views.view import Rows
+# Two workers share the cores: OpenMP's threads sleep at barriers, as in both programs. Effective before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from views.view import Rows  # noqa: E402
 
 NUM_PICTURES = 24
 NUM_CLASSES = 6
