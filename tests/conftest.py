@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# Two workers share the cores: OpenMP's threads sleep at barriers, as in both programs. Effective before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from views.view import Rows
 
-from views.view import Rows  # noqa: E402
+# Two workers share the cores: OpenMP's threads sleep at barriers, as in both programs.
+# In time, for nothing above imports torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 NUM_PICTURES = 24
 NUM_CLASSES = 6
