@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from docs.browser import Browser
+from playwright.sync_api import Browser
+
 from docs.processes import answers, ended, free_port
 
 DASHBOARDS = Path(__file__).resolve().parents[1] / "docker" / "grafana" / "dashboards"
@@ -100,8 +101,9 @@ def _written(path: Path, what: object) -> Path:
 def photograph(browser: Browser, address: str, minutes: float, picture: Path) -> None:
     """The dashboard over the last minutes."""
     shown = f"{address.rstrip('/')}/d/funmatch?kiosk&theme=light&from=now-{max(1, round(minutes))}m&to=now"
-    page = browser.open(shown, _WIDTH, _HEIGHT)
-    page.wait_for("document.querySelectorAll('[data-viz-panel-key], .panel-content').length > 5")
-    page.wait_for("!document.querySelector('[aria-label=\"Panel loading bar\"]')")
-    page.picture(picture, height=_HEIGHT)
+    page = browser.new_page(viewport={"width": _WIDTH, "height": _HEIGHT})
+    page.goto(shown)
+    page.wait_for_function("document.querySelectorAll('[data-viz-panel-key], .panel-content').length > 5")
+    page.wait_for_function("!document.querySelector('[aria-label=\"Panel loading bar\"]')")
+    page.screenshot(path=picture)
     page.close()

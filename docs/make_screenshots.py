@@ -30,9 +30,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
+from playwright.sync_api import Browser, FloatRect, ViewportSize
 
 from docs import grafana, terminal
-from docs.browser import Browser, installed
+from docs.browser import chromium, installed
 from docs.processes import answers, ended, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,8 @@ _STUDENTS = {"same_views": "same/ic+mix", "other_views": "ind/ic+mix"}  # each r
 _PHOTOGRAPHED = "same_views"
 _REPLICAS = 2  # of the teacher
 _COLUMNS, _LINES = 104, 18
-_BOARD = (1400, 1030)  # TensorBoard's window, pixels
+_WIDTH = 1280  # of a window, pixels
+_BOARD = ViewportSize(width=1400, height=1030)  # TensorBoard's
 _REPORT = 1770  # pixels of the report from its top: what follows is the second run's first batch
 _MIDDLE = 0.6  # of the run that is photographed
 _VIEWS_STEP = 300
@@ -83,7 +85,7 @@ def make(work: Path, out: Path, grafana_address: str | None) -> None:
         _do("views", "--run-dir", str(work / "students" / _PHOTOGRAPHED), "--step", str(_VIEWS_STEP), "--rows", "3",
             "--teacher", replicas, "--out", str(work / "views.html"))  # fmt: skip
         _do("report", *(str(work / "students" / name) for name in _STUDENTS), "--out", str(work))
-        with Browser() as browser:
+        with chromium() as browser:
             _page(browser, work / "views.html", out / "views.png")
             _page(browser, work / "report.html", out / "report.png", _REPORT)
             _tensorboard(browser, work / "students", out / "tensorboard.png")
@@ -145,8 +147,10 @@ def _is_in_the_middle(text: str) -> bool:
 
 
 def _page(browser: Browser, file: Path, picture: Path, height: int | None = None) -> None:
-    page = browser.open(file.resolve().as_uri())
-    page.picture(picture, height)
+    page = browser.new_page(viewport={"width": _WIDTH, "height": 800})
+    page.goto(file.resolve().as_uri())
+    part = FloatRect(x=0, y=0, width=_WIDTH, height=height) if height else None
+    page.screenshot(path=picture, full_page=True, clip=part)
     page.close()
     _smaller(picture)
 
@@ -167,11 +171,12 @@ def _tensorboard(browser: Browser, work: Path, picture: Path) -> None:
     with ended(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)):
         answers(f"http://127.0.0.1:{port}/")
         shown = "smoothing=0&tagFilter=student_top1%7Cagreement_top1%7Ckl%7Closs&darkMode=false"
-        page = browser.open(f"http://127.0.0.1:{port}/?{shown}#timeseries", *_BOARD)
-        page.wait_for("document.querySelectorAll('line-chart').length > 5")
-        page.evaluate("[...document.querySelectorAll('button')].find((b) => b.innerText.includes('Settings')).click()")
+        page = browser.new_page(viewport=_BOARD)
+        page.goto(f"http://127.0.0.1:{port}/?{shown}#timeseries")
+        page.wait_for_function("document.querySelectorAll('line-chart').length > 5")
+        page.get_by_role("button", name="Settings").click()
         time.sleep(3)  # curves come in one by one, and nothing says which is the last
-        page.picture(picture, height=_BOARD[1])
+        page.screenshot(path=picture)
         page.close()
     _smaller(picture)
 

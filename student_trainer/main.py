@@ -1,6 +1,6 @@
 """The door: `torchrun student_trainer/main.py --recipe NAME [--setting value ...]`, or plain python for one process.
 
-torchrun --nproc_per_node=2 student_trainer/main.py --recipe digits/demo --teacher 127.0.0.1:50051
+torchrun --nproc-per-node=2 student_trainer/main.py --recipe digits/demo --teacher 127.0.0.1:50051
 python student_trainer/main.py --recipe digits/demo --help
 python student_trainer/main.py --recipe imagenet/ensemble/9600 --tiny      # a minute on two cores: see tiny.py
 """

@@ -150,6 +150,6 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"process {local_rank} of this machine wants cuda:{local_rank}, but it has "
-            f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node or use --device cpu"
+            f"{torch.cuda.device_count()} GPUs: lower --nproc-per-node or use --device cpu"
         )
     return torch.device("cuda", local_rank)

@@ -12,6 +12,7 @@ the page says (test_afternoon.py).
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -167,7 +168,11 @@ def _tensorboard(args: list[str]) -> None:
 
 
 def _pytest(args: list[str]) -> None:
-    for file in (arg for arg in args if not arg.startswith("-")):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("-n", type=int)
+    parser.add_argument("-m", choices=re.findall(r'^  "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.M))
+    parser.add_argument("files", nargs="*")
+    for file in parser.parse_args(args).files:
         if not (ROOT / file).is_file():
             raise ValueError(f"there is no {file}")
 

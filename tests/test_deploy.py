@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import tyro
 import yaml
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 import student_trainer.main as student_door
 from student_trainer.exporter import Exporter
@@ -168,9 +171,33 @@ def offered() -> set[str]:
     return names
 
 
+DASHBOARD = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "funmatch.json").read_text())
+
+
+def lost_on(way: str, written: Any, read: Any) -> list[str]:
+    """Where something that was read and written again is not what it was."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        return [where for name in written for where in lost_on(f"{way}.{name}", written[name], read.get(name))]
+    if isinstance(written, list) and isinstance(read, list) and len(written) == len(read):
+        return [where for number, both in enumerate(zip(written, read, strict=True))
+                for where in lost_on(f"{way}[{number}]", *both)]  # fmt: skip
+    return [] if written == read else [way]
+
+
+def through_grafana(dashboard: dict[str, Any]) -> dict[str, Any]:
+    """Read into Grafana's own types of a dashboard, and written again."""
+    plugins.register_default_plugins()
+    return json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard)))
+
+
+def test_grafana_knows_every_field_of_the_dashboard():
+    assert lost_on("", DASHBOARD, through_grafana(DASHBOARD)) == []
+    wrong = {**DASHBOARD, "panels": [{**DASHBOARD["panels"][1], "gridpos": {}}], "titel": "funmatch"}
+    assert lost_on("", wrong, through_grafana(wrong)) == [".panels[0].gridpos", ".titel"]
+
+
 def test_dashboard_and_autoscaler_ask_only_for_what_there_is():
-    dashboard = json.loads((ROOT / "docker" / "grafana" / "dashboards" / "funmatch.json").read_text())
-    asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    asked = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
     adapter = (KUBERNETES / "prometheus-adapter.yaml").read_text()
     made = yaml.safe_load(adapter)["rules"]["custom"][0]
     names = set(re.findall(r"funmatch_\w+", " ".join([*asked, made["seriesQuery"], made["metricsQuery"]])))

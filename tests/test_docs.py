@@ -1,7 +1,8 @@
 """README and docs/: every command would be taken as it is written, and what they name is there.
 
-What the commands do is tried by test_afternoon.py for the guides and by .ci/run for make's verbs; containers were tried
-by hand (docs/deployment.md). docs/LOG.md is a diary: its commands were right on their day.
+What the commands do is tried by test_afternoon.py and test_guides.py, by test_compose.py where there is a Docker
+engine, and by .ci/run for make's verbs; kubectl is run by none. docs/LOG.md is a diary: its commands were right on
+their day.
 """
 
 from __future__ import annotations
@@ -252,7 +253,7 @@ def test_a_broken_command_is_found(typed, says, tmp_path):
     [
         "funmatch serve --adress X", "funmatch train --recipe digits/dema", "make demmo",
         "python -m data_prep.prepare folder --hold-uot 0.1", "docker-compose up -d techer", "funmatch srve --model x",
-        ".venv/bin/pytest -n0 tests/test_drawn.py",
+        ".venv/bin/pytest -n0 tests/test_drawn.py", ".venv/bin/pytest -n0 -m container",
     ],
 )  # fmt: skip
 def test_a_broken_command_in_a_sentence_is_found(span):

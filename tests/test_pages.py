@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from docs.browser import Browser, installed
+from docs.browser import chromium, installed
 from funmatch.views_page import write
 from funmatch.views_seen import Vouched, look
 from student_trainer.contact_sheet import first_batch_sheet
@@ -138,33 +138,47 @@ PAGES = {
 
 @pytest.fixture(scope="module")
 def browser():
-    with Browser() as browser:
+    with chromium() as browser:
         yield browser
+
+
+class Opened:
+    """A page in a browser, and what it did."""
+
+    def __init__(self, browser, file, prefers="light"):
+        self.page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme=prefers)
+        self.asked, self.complaints = [], []
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("websocket", lambda socket: self.asked.append(socket.url))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda said: self.complaints.append(said.text) if said.type != "log" else None)
+        self.page.goto(file.as_uri())
+
+    def faults_at(self, width):
+        """What is wrong with it in a window of so many pixels."""
+        self.page.set_viewport_size({"width": width, "height": 800})
+        return self.page.evaluate(FAULTS)
+
+    def pixels(self):
+        """Grey levels of the whole page, [height, width]; closes it."""
+        picture = Image.open(io.BytesIO(self.page.screenshot(full_page=True)))
+        self.page.close()
+        return np.asarray(picture.convert("L"))
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_looks_right_at_every_width_and_asks_for_nothing_but_itself(name, browser, tmp_path, tiny_data):
     file = PAGES[name](tmp_path, tiny_data)
-    page = browser.open(file.as_uri())
-    for width in (1280, 801, 800, 400):
-        page.resize(width, 800)
-        assert page.evaluate(FAULTS) == [], f"at {width} px"
-    asked = [address for address in page.heard.requests if not address.startswith("data:")]
-    assert asked == [file.as_uri()]
-    assert page.heard.complaints == []
-    page.resize(1280, 800)
-    light, dark = pixels_of(page), pixels_of(browser.open(file.as_uri(), dark=True))
+    opened = Opened(browser, file)
+    for width in (801, 800, 400, 1280):
+        assert opened.faults_at(width) == [], f"at {width} px"
+    assert [address for address in opened.asked if not address.startswith("data:")] == [file.as_uri()]
+    assert opened.complaints == []
+    light, dark = opened.pixels(), Opened(browser, file, prefers="dark").pixels()
     np.testing.assert_array_equal(light, dark, "a page is a light one, whatever its reader prefers")
     upper, lower = np.array_split(light, 2)
     assert all(0.005 < (half < 250).mean() < 0.9 for half in (upper, lower)), "ink on paper"
     assert len(np.unique(light)) > 50
-
-
-def pixels_of(page):
-    """Grey levels of the whole page, [height, width]."""
-    picture = Image.open(io.BytesIO(page.picture()))
-    page.close()
-    return np.asarray(picture.convert("L"))
 
 
 @pytest.mark.parametrize(
@@ -188,15 +202,15 @@ def pixels_of(page):
 )
 def test_what_would_look_wrong_is_found(body, fault, tmp_path, browser):
     (tmp_path / "page.html").write_text(f"<!doctype html><body>{body}</body>")
-    page = browser.open((tmp_path / "page.html").as_uri())
-    found = page.evaluate(FAULTS)
-    page.close()
+    opened = Opened(browser, tmp_path / "page.html")
+    found = opened.faults_at(1280)
+    opened.page.close()
     assert any(one.startswith(fault) for one in found) if fault else found == []
 
 
 def test_a_request_and_an_error_are_heard(tmp_path, browser):
     (tmp_path / "page.html").write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('bad')</script>")
-    page = browser.open((tmp_path / "page.html").as_uri())
-    assert page.heard.requests[1:] == ["http://127.0.0.1:9/x.png"]
-    assert "bad" in page.heard.complaints
-    page.close()
+    opened = Opened(browser, tmp_path / "page.html")
+    assert opened.asked[1:] == ["http://127.0.0.1:9/x.png"]
+    assert "bad" in opened.complaints
+    opened.page.close()
