@@ -25,6 +25,7 @@ from teacher_server.server import create_server
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
 class Teachers:
     """Servers in this process, one for each weight file. They have the digits; other pictures travel as files."""
 
