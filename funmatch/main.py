@@ -18,6 +18,8 @@ import importlib.metadata
 import importlib.util
 import os
 import shlex
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _open(name: str, word: Word, rest: Sequence[str]) -> int:
     asks_help = bool({"-h", "--help"} & set(rest))
     if asks_help:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word, as it ends other commands
         print(explain(name, word), flush=True)
         if not word.says_more or (name == "train" and not _names_recipe(rest)):
             return 0
@@ -60,6 +63,8 @@ def _open(name: str, word: Word, rest: Sequence[str]) -> int:
         command = train_command(rest) if name == "train" else [sys.executable, "-P", "-m", word.module, *rest]
     except ValueError as error:
         return _wrong(str(error))
+    if asks_help and not sys.stdout.isatty():
+        return _tell(command)
     if not asks_help:
         print(f"$ {shlex.join(command)}", file=sys.stderr, flush=True)
     return _become(command)
@@ -67,6 +72,13 @@ def _open(name: str, word: Word, rest: Sequence[str]) -> int:
 
 def _become(command: list[str]) -> NoReturn:
     os.execv(command[0], command)  # noqa: S606  (no shell is what we want)
+
+
+def _tell(command: list[str]) -> int:
+    """What it says, through this process: a Python that it became would answer a closed pipe with a traceback."""
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    print(said.stdout, end="", flush=True)
+    return said.returncode
 
 
 def overview() -> str:

@@ -68,6 +68,14 @@ def test_each_word_explains_itself_with_an_example_and_without_torch(word):
         assert run.stdout.strip()[-40:] in said.stdout
 
 
+@pytest.mark.parametrize("word", ["serve", "views"])  # a room's, and one of the door's own
+def test_help_into_a_pipe_that_closes_ends_without_a_word(word):
+    pipe = ["bash", "-c", '"$@" --help | head -n 1', "bash", *DOOR, word]
+    run = subprocess.run(pipe, capture_output=True, text=True, check=True)
+    assert run.stdout == f"funmatch {word}: {WORDS[word].does}.\n"
+    assert run.stderr == ""
+
+
 def test_a_recipe_s_settings_are_explained_with_its_own_values():
     said = funmatch("train", "--recipe", "digits/demo", "--help")
     assert said.returncode == 0
