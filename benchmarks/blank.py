@@ -44,7 +44,7 @@ def imagenet_sized() -> Index:
     )  # fmt: skip
 
 
-class _Blank(Pictures):
+class Blank(Pictures):
     """Checks a question as a teacher does, takes its turns, and finds every picture grey."""
 
     def __init__(self, index: Index) -> None:
@@ -56,7 +56,7 @@ class _Blank(Pictures):
         return self._grey[: part.stop - part.start]
 
 
-class _Instant:
+class Instant:
     """A network whose answers lie ready."""
 
     batch_rows = _BATCH_ROWS
@@ -75,8 +75,8 @@ def main() -> None:
     server = Server(Config(model="echo", address="127.0.0.1:0", device="cpu"))
     server.bind()
     report = Report(num_images=0, finite=True, max_difference=0, mean_kl=0, agreement_top1=1, batch_invariant=True)
-    pictures = _Blank(imagenet_sized())
-    teacher = cast(Teacher, _Instant())
+    pictures = Blank(imagenet_sized())
+    teacher = cast(Teacher, Instant())
     server.serve(Loaded(description=echo.description(), pictures=pictures, teacher=teacher, report=report))
     print(server.address, flush=True)
     sys.stdin.read()

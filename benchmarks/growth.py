@@ -107,7 +107,7 @@ def peak_mb(run: Callable[[], object]) -> float:
 # ---- classes -------------------------------------------------------------------------------------------------
 
 
-class _AnswersLie(blank._Instant):
+class _AnswersLie(blank.Instant):
     """A network of so many classes."""
 
     def __init__(self, num_classes: int) -> None:
@@ -141,7 +141,7 @@ def by_classes(rounds: int) -> Iterator[Curve]:
     request = ask_by_reference(some_rows(), echo.DIGEST)
     request.fingerprint = echo.FINGERPRINT
     curve = partial(Curve, by="classes", sizes=_CLASSES, goal=LINEAR, fitted=2)  # fewer cost what a call costs
-    pictures = blank._Blank(blank.imagenet_sized())
+    pictures = blank.Blank(blank.imagenet_sized())
     servers = {size: server_of(size, pictures) for size in _CLASSES}
     try:
         options = [("grpc.max_receive_message_length", 2**26)]
@@ -167,7 +167,7 @@ def by_classes(rounds: int) -> Iterator[Curve]:
 
 
 def _check(reply: pb.PredictReply, num_classes: int) -> None:
-    right = echo.some_logits(blank._Instant.batch_rows, num_classes)[:_REQUEST].astype(np.float16)
+    right = echo.some_logits(blank.Instant.batch_rows, num_classes)[:_REQUEST].astype(np.float16)
     if reply.logits.data != right.tobytes():
         raise RuntimeError(f"the service of {num_classes} classes answered other logits than its model")
 

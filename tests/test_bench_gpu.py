@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py and its parts: the logic, with a tiny BiT on the CPU."""
+"""benchmarks/gpu and its parts: the logic, with a tiny BiT on the CPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks import figure, gpu, gpu_forward, limits, turns
+import benchmarks.gpu.__main__ as gpu
+from benchmarks import figure, turns
 from benchmarks.figure import Figure
-from benchmarks.limits import Machine
+from benchmarks.gpu import forward, limits
+from benchmarks.gpu.limits import Machine
 from benchmarks.turns import Contender
 from teacher_server import gate
 
@@ -46,7 +48,7 @@ def test_settings_are_those_of_the_contender_whose_turn_it_is():
     seen = []
     both = {
         "ours": Contender(1, lambda: seen.append(torch.backends.cudnn.benchmark)),
-        "timm": Contender(1, lambda: seen.append(torch.backends.cudnn.benchmark), gpu_forward._as_timm),
+        "timm": Contender(1, lambda: seen.append(torch.backends.cudnn.benchmark), forward._as_timm),
     }
     turns.in_turns(both, CPU, rounds=1, burst_s=0)
     assert seen == [flag, True] + [False, True] * 2
@@ -64,13 +66,13 @@ def test_parity_is_the_gates():
     generator = torch.Generator().manual_seed(0)
     reference = torch.randn(20, 7, generator=generator)
     ours = reference + 0.3 * torch.randn(20, 7, generator=generator)
-    seen = gpu_forward.Parity.of(ours, reference)
+    seen = forward.Parity.of(ours, reference)
     kl = functional.kl_div(ours.double().log_softmax(1), reference.double().log_softmax(1), reduction="batchmean",
                            log_target=True)  # fmt: skip
     assert seen.mean_kl == pytest.approx(float(kl))
     assert seen.max_difference == pytest.approx(float((ours - reference).abs().max()))
     assert seen.agreement_top1 == (ours.argmax(1) == reference.argmax(1)).float().mean()
-    assert gpu_forward.Parity.of(reference, reference) == gpu_forward.Parity(0.0, 0.0, 1.0)
+    assert forward.Parity.of(reference, reference) == forward.Parity(0.0, 0.0, 1.0)
 
 
 def test_operations_and_bytes_are_counted_as_by_hand(monkeypatch):
@@ -91,7 +93,7 @@ def test_a_large_bit_costs_what_the_paper_says():
 @pytest.fixture(scope="module")
 def figures() -> list[Figure]:
     machine = Machine(flops=1e11, bytes_per_s=1e10)
-    return list(gpu_forward.measure(TINY, 32, CPU, machine, rounds=2, burst_s=0, compiled=False))
+    return list(forward.measure(TINY, 32, CPU, machine, rounds=2, burst_s=0, compiled=False))
 
 
 def test_ours_and_timms_are_measured_and_compared_with_float32_before_that(figures):
@@ -103,7 +105,7 @@ def test_ours_and_timms_are_measured_and_compared_with_float32_before_that(figur
 
 
 def test_a_part_yields_the_rows_that_it_is_expected_to(figures):
-    expected = [one.name for one in gpu_forward.unmeasured(TINY, 32, "")]
+    expected = [one.name for one in forward.unmeasured(TINY, 32, "")]
     assert [one.name for one in figures] == expected[:2]
 
 
@@ -113,10 +115,10 @@ def test_a_fast_wrong_logit_is_no_result(monkeypatch):
         module.head.fc.weight.data *= 1e3
         return module
 
-    random_bit = gpu_forward.random_bit
-    monkeypatch.setattr(gpu_forward, "random_bit", undecided)
+    random_bit = forward.random_bit
+    monkeypatch.setattr(forward, "random_bit", undecided)
     with pytest.raises(gate.GateError, match="differs too much"):
-        next(gpu_forward.measure(TINY, 32, CPU, Machine(1e11, 1e10), rounds=1, burst_s=0, compiled=False))
+        next(forward.measure(TINY, 32, CPU, Machine(1e11, 1e10), rounds=1, burst_s=0, compiled=False))
 
 
 def test_rates_of_a_machine_are_those_of_a_product_and_a_copy():

@@ -1,6 +1,6 @@
-"""The forward pass of a BiT on a GPU, beside timm's own: one network at one size (rows 1 and 2; a part of gpu.py).
+"""The forward pass of a BiT on a GPU, beside timm's own: one network at one size (rows 1 and 2).
 
-`python -m benchmarks.gpu_forward NETWORK SIZE` prints a figure as JSON on each line. Ours is `Teacher.logits` as it is
+`python -m benchmarks.gpu.forward NETWORK SIZE` prints a figure as JSON on each line. Ours is `Teacher.logits` as it is
 served: half precision, its fixed batch, recorded. timm's is what its benchmark script does: autocast, channels_last,
 256 pictures, kernels chosen by the clock; eager, and compiled. All have the same random weights and look at the same
 pictures, in turns, and each is compared with float32 before a time of it counts.
@@ -26,7 +26,7 @@ from torch import nn
 
 import models
 from benchmarks.figure import Figure
-from benchmarks.limits import Machine, flops_per_image, half_bytes_per_image
+from benchmarks.gpu.limits import Machine, flops_per_image, half_bytes_per_image
 from benchmarks.turns import Contender, in_turns, paired, rates
 from models import ModelCard
 from teacher_server import gate

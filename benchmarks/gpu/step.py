@@ -1,6 +1,6 @@
-"""A student's step on a GPU with remote teachers, beside one with the logits in memory (row 4; a part of gpu.py).
+"""A student's step on a GPU with remote teachers, beside one with the logits in memory (row 4).
 
-`python -m benchmarks.gpu_step NETWORK SIZE` prints a figure as JSON. As in benchmarks/step.py, which has the form for
+`python -m benchmarks.gpu.step NETWORK SIZE` prints a figure as JSON. As in benchmarks/step.py, which has the form for
 the CPU, teachers are enough and elsewhere: two servers that answer after a fixed time and use nothing of this machine
 (benchmarks/echo.py). Both sides decode, mix and learn on the device from the same pictures and rows, in turns.
 """

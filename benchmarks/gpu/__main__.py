@@ -27,7 +27,7 @@ from pathlib import Path
 from benchmarks import figure
 from benchmarks.figure import Figure
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _PARTIAL = Path("runs/gpu.json")
 _ALL_S = 580.0
 _LARGE, _SMALL = "resnetv2_152x2_bit", "resnetv2_50x1_bit"
@@ -38,7 +38,7 @@ class Part:
     """One command."""
 
     command: tuple[str, ...]
-    """A module of benchmarks and its arguments; it prints figures as JSON, one a line."""
+    """A module of benchmarks/gpu and its arguments; it prints figures as JSON, one a line."""
     budget_s: float
     expected: tuple[Figure, ...] = ()
     """What it should print, without numbers."""
@@ -46,24 +46,22 @@ class Part:
 
 def parts(quick: bool) -> list[Part]:
     """All there are; the quick ones see that everything runs, with the small network."""
-    from benchmarks import gpu_forward, gpu_run, gpu_service, gpu_step
+    from benchmarks.gpu import forward, run, service, step
 
-    def forward(network: str, size: int, budget_s: float, *options: str) -> Part:
-        command = ("gpu_forward", network, str(size), *options)
-        return Part(command, budget_s, tuple(gpu_forward.unmeasured(network, size, "")))
+    def passes(network: str, size: int, budget_s: float, *options: str) -> Part:
+        command = ("forward", network, str(size), *options)
+        return Part(command, budget_s, tuple(forward.unmeasured(network, size, "")))
 
     if quick:
-        return [forward(_SMALL, 64, 120, "--quick")]
-    service = ("gpu_service", _LARGE, "224")
-    run = ("gpu_run", _LARGE, _SMALL, "224")
+        return [passes(_SMALL, 64, 120, "--quick")]
     return [
-        forward(_LARGE, 224, 140, "--norm"),
-        Part(service, 90, (gpu_service.unmeasured(_LARGE, 224, ""),)),
-        forward(_SMALL, 224, 70),
-        Part(run, 150, (gpu_run.unmeasured(_LARGE, _SMALL, 224, ""),)),
-        Part(("gpu_step", _SMALL, "224"), 60, (gpu_step.unmeasured(_SMALL, 224, ""),)),
-        forward(_LARGE, 384, 120),
-        forward(_LARGE, 128, 90),
+        passes(_LARGE, 224, 140, "--norm"),
+        Part(("service", _LARGE, "224"), 90, (service.unmeasured(_LARGE, 224, ""),)),
+        passes(_SMALL, 224, 70),
+        Part(("run", _LARGE, _SMALL, "224"), 150, (run.unmeasured(_LARGE, _SMALL, 224, ""),)),
+        Part(("step", _SMALL, "224"), 60, (step.unmeasured(_SMALL, 224, ""),)),
+        passes(_LARGE, 384, 120),
+        passes(_LARGE, 128, 90),
     ]
 
 
@@ -87,7 +85,7 @@ def run_all(planned: Iterable[Part], seconds: float) -> Iterator[Figure]:
         why = "no time was left for it"
         if left_s > 0:
             print(f"== {' '.join(part.command)}: {left_s:.0f} s at most", file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", f"benchmarks.{part.command[0]}", *part.command[1:]]
+            command = [sys.executable, "-m", f"benchmarks.gpu.{part.command[0]}", *part.command[1:]]
             why = yield from _run(command, left_s, seen)
         yield from _missing((one for one in part.expected if one.name not in seen), why)
 

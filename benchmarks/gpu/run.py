@@ -1,8 +1,8 @@
-"""A whole run on one GPU that teacher and student share, beside distillation in one process (row 5; a part of gpu.py).
+"""A whole run on one GPU that teacher and student share, beside distillation in one process (row 5).
 
-`python -m benchmarks.gpu_run TEACHER STUDENT SIZE` prints a figure as JSON. Ours is the real command: the trainer,
+`python -m benchmarks.gpu.run TEACHER STUDENT SIZE` prints a figure as JSON. Ours is the real command: the trainer,
 which starts the teacher's server beside it; FunMatch's views, the same for both; every batch answered over gRPC. Beside
-it the same pair in benchmarks/kd_loop.py, over the same pictures with as many rows a step. One after the other, not in
+it the same pair in kd_loop.py, over the same pictures with as many rows a step. One after the other, not in
 turns: each takes most of a minute to come up. Median images/s of the steps after the first ones.
 
 Rejected: to stop one process while the other has its turn. A run that is stopped takes its teacher for hung.
@@ -24,10 +24,10 @@ from pathlib import Path
 import models
 from benchmarks import photographs
 from benchmarks.figure import Figure
-from benchmarks.gpu_forward import random_bit
+from benchmarks.gpu.forward import random_bit
 from models import ModelCard
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _RECIPE = "imagenet/funmatch/30"
 _HALF = (0.5, 0.5, 0.5)
 
@@ -86,7 +86,7 @@ def _ours(folder: Path, data: Path, student: str, size: int, device: str, num_ro
 
 
 def _theirs(*arguments: str) -> list[float]:
-    command = [sys.executable, "-m", "benchmarks.kd_loop", *arguments]
+    command = [sys.executable, "-m", "benchmarks.gpu.kd_loop", *arguments]
     done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return [float(line) for line in done.stdout.split()]
 

@@ -1,6 +1,6 @@
-"""A replica on a GPU, end to end, beside its bare forward pass (row 3; a part of gpu.py).
+"""A replica on a GPU, end to end, beside its bare forward pass (row 3).
 
-`python -m benchmarks.gpu_service NETWORK SIZE` prints a figure as JSON. A real server in a process of its own is asked
+`python -m benchmarks.gpu.service NETWORK SIZE` prints a figure as JSON. A real server in a process of its own is asked
 by reference, 256 rows at a time, with so many requests under way that it always has work; it decodes, mixes and answers
 on the device that runs the network. Beside it, in turns, the same network in the same precision and batch shape is
 given rows that are ready. An answer that is not the same bytes each time ends the benchmark.
@@ -28,7 +28,7 @@ import torch
 import models
 from benchmarks import photographs
 from benchmarks.figure import Figure
-from benchmarks.gpu_forward import random_bit
+from benchmarks.gpu.forward import random_bit
 from benchmarks.turns import Contender, in_turns
 from data_prep.index import Index
 from models import ModelCard
@@ -38,7 +38,7 @@ from teacher_server.model import Teacher, be_reproducible, choose_batch_rows, ch
 from views.draw import Plan, ViewLaw
 from views.wire import ask_by_reference
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _ROWS = 256  # of a request
 _WINDOW = 10  # requests under way: half of what a server holds at most, by its own default
 _DIFFERENT = 4  # requests

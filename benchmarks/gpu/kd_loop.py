@@ -3,7 +3,7 @@
 timm's wheel does not hold that script, so this is its plain form: timm's loader with its training transforms and
 workers, both networks on the device in channels_last under autocast, the teacher without gradients, mixup, AdamW,
 kernels chosen by the clock. What the script does beside (logs, averages of weights, checkpoints) is left out, which
-favours it. `python -m benchmarks.kd_loop FOLDER TEACHER STUDENT SIZE ROWS STEPS` prints images/s, a step a line.
+favours it. `python -m benchmarks.gpu.kd_loop FOLDER TEACHER STUDENT SIZE ROWS STEPS` prints images/s, a step a line.
 """
 
 from __future__ import annotations
