@@ -66,6 +66,7 @@ class Instant:
         self._logits = echo.some_logits(_BATCH_ROWS, echo.NUM_CLASSES)
 
     def answer(self, parts: Sequence[Part[Scene]]) -> NDArray[np.float32]:
+        """[R, K] for the R rows of these parts, at once."""
         return self._logits[: sum(part.stop - part.start for part in parts)]
 
 
