@@ -179,6 +179,7 @@ def test_a_replica_that_stands_still_for_seconds(student, undisturbed, teachers)
     time.sleep(max(0.0, 6 - (time.monotonic() - began)))  # for the tests after this one
 
 
+@pytest.mark.suite
 def test_a_rolling_restart_of_all(student, undisturbed, teachers, tiny_model, tiny_data, folder):
     def roll():
         for number in range(len(teachers)):
@@ -282,6 +283,7 @@ def test_a_name_that_stands_for_other_replicas_now_and_then(student, undisturbed
         assert f"teacher {host}:{port}: left; it answered" in said
 
 
+@pytest.mark.suite
 def test_a_student_killed_and_resumed_while_a_teacher_is_replaced(
     student, undisturbed, teachers, tiny_model, tiny_data, tmp_path, folder
 ):

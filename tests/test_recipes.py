@@ -79,6 +79,7 @@ def test_every_recipe_runs_in_its_tiny_form(name, folder, teachers):
     run_tiny(name, folder, teachers)
 
 
+@pytest.mark.suite
 def test_tiny_on_the_command_line_makes_what_it_needs_and_says_what_it_shrinks(tmp_path):
     command = [sys.executable, ROOT / "student_trainer" / "main.py", "--recipe", "pets/transfer", "--tiny"]
     run = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, check=True)
