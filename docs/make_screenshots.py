@@ -1,7 +1,7 @@
 """The pictures of the documentation, made anew: `python -m docs.make_screenshots`, into docs/images.
 
-A real job on handwritten digits, three minutes on two cores: a teacher is trained, served twice, and two students learn
-from it, one from the teacher's own views and one from others. Photographed are, as a reader sees them,
+A real job on handwritten digits, three to eight minutes on two cores: a teacher is trained, served twice, and two
+students learn from it, one from the teacher's own views and one from others. Photographed are, as a reader sees them,
 
     terminal.svg      the live view of the run, in its middle
     report.png        the page about the two runs

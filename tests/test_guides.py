@@ -105,7 +105,7 @@ def ended_well(*logs: Path) -> bool:
 
 
 def test_a_run_of_ones_own_as_the_readme_has_it(folder):
-    """All of the page but make's verbs (here below, and .ci/run) and containers (test_compose.py)."""
+    """All of the page but make's verbs (here below, test_study.py, .ci/run) and containers (test_compose.py)."""
     ports = free_port(), free_port()
     page = commands(
         "README.md", folder,
