@@ -1,1 +1,1 @@
-"""From data sets to shards with an index: prepare.py writes, index.py is the format, check.py re-reads."""
+"""From data sets to shards with an index: prepare.py is the command, index.py the format, check.py reads it again."""

@@ -8,7 +8,7 @@ A *sample* is a row number, the same everywhere: in a view, on the wire, in a lo
 are contiguous. Columns are memory-mapped, so opening costs the same at a thousand rows and at a hundred
 million, and the processes of one machine share the pages. The reader needs numpy and the standard library.
 
-Not here: how a picture gets into a shard (prepare.py), how it becomes pixels (views/render.py).
+Not here: how a picture gets into a shard (shards.py), how it becomes pixels (views/render.py).
 
 Rejected: parquet or sqlite for the columns (a dependency and a decoding step, to read one row of fixed
 width), and webdataset's own .idx text files (parsed whole at every start, no picture sizes).
@@ -79,7 +79,7 @@ class Index:
     """Split name -> its rows, in row order; usually train, val, test."""
     shards: tuple[Shard, ...]
     linked: bool
-    """The shards belong to somebody else and may be symbolic links (prepare.py, data set `shards`)."""
+    """The shards belong to somebody else and may be symbolic links (making.py, data set `shards`)."""
     prepared: Mapping[str, Any]
     """How the set was made, for people and for prepare.py; not part of the digest."""
 

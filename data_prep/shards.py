@@ -3,7 +3,7 @@
 A job says everything, so its shard's bytes do not depend on which process made it, nor on how many there
 are. Keys, files in the tar and time stamps are fixed; webdataset's own TarWriter writes them.
 
-Not here: which pictures go together (prepare.py), what is done to a picture (picture.py).
+Not here: which pictures go together (making.py), what is done to a picture (picture.py).
 """
 
 from __future__ import annotations
