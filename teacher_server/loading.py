@@ -118,6 +118,8 @@ def _describe(
                 "mean": card.mean,
                 "std": card.std,
                 "precision": teacher.precision,
+                "device": teacher.device.type,
+                "kernels": teacher.kernels,
                 "batch_rows": teacher.batch_rows,
                 "rendering": [card.size, config.interpolation, config.antialias, render_version, decoder],
             }

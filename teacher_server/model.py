@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ from views.mix import mix
 _BROKEN = re.compile(r"CUDA (runtime API |driver API )?error|CUDA allocation failed|cuDNN error", re.IGNORECASE)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DEFAULT_BATCH_ROWS = {"cpu": 32, "cuda": 128}
+Kernels = Literal["own", "fused", "compiled"]
+"""The network's own, one after the other; a BiT's norms in one pass (fused.py); or torch.compile's."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -105,7 +107,11 @@ class Teacher:
             module.run_on(device)
         self._dtype = _DTYPES[precision]
         self._module = module
-        self._forward = _made_fast(module) if device.type == "cuda" and precision != "float32" else module
+        self._forward: Any = module
+        self.kernels: Kernels = "own"
+        """Whose kernels run: each kind rounds in its own way, and is another teacher."""
+        if device.type == "cuda" and precision != "float32":
+            self._forward, self.kernels = _made_fast(module)
         # What onnxruntime computes runs in streams of its own, which cannot be recorded.
         self._records = device.type == "cuda" and not isinstance(module, models.OnnxNetwork)
         self._replay: Replay | None = None
@@ -157,13 +163,13 @@ class Teacher:
         return self._replay
 
 
-def _made_fast(module: nn.Module) -> Any:
+def _made_fast(module: nn.Module) -> tuple[Any, Kernels]:
     """What to call on CUDA in half precision. On the CPU convolutions are the cost, which no compiler touches."""
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":  # Triton needs a C compiler as well
-        return module
+        return module, "own"
     from teacher_server.fused import fuse  # Triton is not everywhere where torch is
 
-    return module if fuse(module) else torch.compile(module, dynamic=False)
+    return (module, "fused") if fuse(module) else (torch.compile(module, dynamic=False), "compiled")
 
 
 @contextmanager
@@ -260,5 +266,9 @@ def be_reproducible(num_threads: int) -> None:
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
-    """Hex digest of all that can change a logit; equal fingerprints mean interchangeable teachers."""
+    """Hex digest of all that can change a logit; equal fingerprints mean interchangeable teachers.
+
+    Not among the facts: the model of the GPU, and versions of torch, cuDNN and onnxruntime. They change last bits, which a
+    fleet of unlike machines must bear; the gate's bound holds on each.
+    """
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -15,14 +15,15 @@ import models
 from teacher_server import gate
 from teacher_server.batcher import Part
 from teacher_server.config import Config
+from teacher_server.frozen import fold_standardisation, halve
 from teacher_server.model import (
     Scene,
     Teacher,
+    _made_fast,
     be_reproducible,
     choose_device,
     choose_precision,
     fingerprint,
-    fold_standardisation,
 )
 
 CPU = torch.device("cpu")
@@ -230,6 +231,27 @@ def test_synthetic_pictures_are_the_same_everywhere_and_not_flat():
     assert torch.equal(pixels, gate.synthetic_pixels(5, 40))
     assert pixels.float().std(dim=(1, 2)).min() > 20
     assert not torch.equal(pixels[0], pixels[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "disabled", "kernels"),
+    [
+        ("resnetv2_14x05_bit", "0", "fused"),
+        ("mobilenetv3_small_050", "0", "compiled"),
+        ("resnetv2_14x05_bit", "1", "own"),
+    ],
+)
+def test_a_teacher_knows_whose_kernels_it_would_run_on_a_gpu(name, disabled, kernels, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", disabled)
+    module = models.create(name, 5).eval().requires_grad_(False)
+    fold_standardisation(module)
+    halve(module, torch.float16)
+    assert _made_fast(module)[1] == kernels
+
+
+def test_on_a_cpu_they_are_the_networks_own(loaded):
+    assert make(loaded, "float16").kernels == "own"
 
 
 def test_fingerprints_differ_with_every_fact():
