@@ -268,7 +268,7 @@ def be_reproducible(num_threads: int) -> None:
 def fingerprint(facts: dict[str, Any]) -> str:
     """Hex digest of all that can change a logit; equal fingerprints mean interchangeable teachers.
 
-    Not among the facts: the model of the GPU, and versions of torch, cuDNN and onnxruntime. They change last bits: a fleet
-    of unlike machines must bear that, and the gate's bound holds on each.
+    Not among the facts: the model of the GPU, and versions of torch, cuDNN and onnxruntime. They change last bits: a
+    fleet of unlike machines must bear that, and the gate's bound holds on each.
     """
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
