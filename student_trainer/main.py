@@ -63,7 +63,6 @@ def main() -> None:
     from student_trainer.local_teacher import TeacherDiedError
     from student_trainer.logit_store import StoreGoneError
     from student_trainer.pictures import PictureError
-    from student_trainer.report import print_table
     from student_trainer.tiny import SHRINKS, make_parts
     from student_trainer.train import NonFiniteLossError, train
 
@@ -81,6 +80,8 @@ def main() -> None:
                 processes.barrier()
             summary = train(config, processes)
             if processes.is_main and not summary.get("stopped"):
+                from student_trainer.report import print_table  # and matplotlib
+
                 print_table(summary)
     except torch.OutOfMemoryError as error:
         ranks = int(os.environ.get("WORLD_SIZE", 1))

@@ -33,7 +33,6 @@ from torch import nn
 
 import models
 from protos import teacher_pb2 as pb
-from student_trainer import run_picture
 from student_trainer.audit import ViewAudit
 from student_trainer.config import Config, settings
 from student_trainer.contact_sheet import first_batch_sheet
@@ -91,10 +90,12 @@ def finish(
     """Write model.safetensors, summary.json and report.png; return the summary."""
     summary: dict[str, Any] = {}
     if world.is_main:
+        from student_trainer.run_picture import draw  # and matplotlib, which no rank shall wait for when it begins
+
         models.save(config.run_dir / "model.safetensors", student, card)
         summary = _summary(config, total_steps)
         _write_whole(config.run_dir / "summary.json", summary)
-        run_picture.draw(config.run_dir)
+        draw(config.run_dir)
     return world.broadcast_object(summary)
 
 

@@ -46,6 +46,13 @@ def test_what_a_view_is_needs_numpy_only():
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.suite  # it imports torch, for once
+def test_a_rank_begins_without_what_draws_pictures_at_the_end():
+    code = "import sys, student_trainer.train; print('matplotlib' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
 def test_there_is_no_drawer_called_utils():
     names = {path.stem for path in ROOT.glob("*/*.py")}
     assert not names & {"utils", "util", "common", "helpers", "misc"}
