@@ -224,7 +224,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         all(cell in (_NONE, _NO_LABELS) or cell[:1].isdigit() for cell in column) for column in zip(*rows, strict=True)
     ]
     kind = [' class="number"' if is_number and column else "" for column, is_number in enumerate(numeric)]
-    head = "".join(f"<th{k}>{html.escape(cell)}</th>" for k, cell in zip(kind, header, strict=True))
+    whole = [html.escape(cell).replace("top-1", "top&#8209;1") for cell in header]  # a hyphen that no line ends with
+    head = "".join(f"<th{k}>{cell}</th>" for k, cell in zip(kind, whole, strict=True))
     lines = [
         "<tr>" + "".join(f"<td{k}>{html.escape(cell)}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>"
         for row in rows
