@@ -66,22 +66,24 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def random_teacher(path: Path, seed: int, size: int, mean: tuple, std: tuple, data_set: str) -> Path:
-    """Write the weights of a random resnetv2_14x05_bit of 6 classes, as .safetensors."""
+def random_teacher(
+    path: Path, seed: int, size: int, mean: tuple, std: tuple, data_set: str, num_classes: int = NUM_CLASSES
+) -> Path:
+    """Write the weights of a random resnetv2_14x05_bit, as .safetensors."""
     import torch
 
     import models
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = models.create("resnetv2_14x05_bit", NUM_CLASSES)
+        model = models.create("resnetv2_14x05_bit", num_classes)
         # As made, all norms are the identity, and logits hardly differ between pictures.
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.normal_(parameter, float(name.endswith("weight")), 0.4)
         torch.nn.init.normal_(model.head.fc.weight, 0.0, 0.15)
     card = models.ModelCard(
-        architecture="resnetv2_14x05_bit", num_classes=NUM_CLASSES, size=size, mean=mean, std=std, data_set=data_set
+        architecture="resnetv2_14x05_bit", num_classes=num_classes, size=size, mean=mean, std=std, data_set=data_set
     )
     models.save(path, model, card)
     return path

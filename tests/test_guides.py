@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import scipy.io
 
-from conftest import free_port
+from conftest import free_port, random_teacher
 from make_pictures import jpeg, write_files
 from shell_blocks import ROOT
 from typed import CLASSES, CLOSED, Page, blocks_of, clone, in_background, pictures, typed
@@ -67,19 +67,10 @@ def flowers(root: Path) -> Path:
     return write_files(root, files)
 
 
-def teacher(path: Path, num_classes: int, architecture: str = "resnetv2_14x05_bit") -> Path:
+def teacher(path: Path, num_classes: int) -> Path:
     """A small network with random weights, in place of one that would be downloaded."""
-    import torch
-
-    import models
-
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        network = models.create(architecture, num_classes)
     half = (0.5, 0.5, 0.5)
-    card = models.ModelCard(architecture=architecture, num_classes=num_classes, size=32, mean=half, std=half)
-    models.save(path, network, card)
-    return path
+    return random_teacher(path, 3, 32, half, half, "", num_classes)
 
 
 def onnx_file(path: Path) -> None:
@@ -239,12 +230,20 @@ def test_recipes_are_listed_explained_and_run_as_their_page_has_it(folder):
     assert "imagenet/funmatch/9600" in said and "section 3.2" in said
 
 
+TENSORBOARD = """tensorboard() {
+  command tensorboard "$@" --port %d > tensorboard.log 2>&1 &
+  until python -c "import urllib.request as web; web.urlopen('http://127.0.0.1:%d')" 2> /dev/null
+  do kill -0 $! || return 1; sleep 0.5; done
+  kill $!
+}"""
+"""Serves until it has answered, and not until somebody stops it."""
+
+
 def test_getting_started_works_as_written(folder):
-    """All of the page, the demo in small; `tensorboard` serves until it is stopped, and is not."""
-    said = typed(
-        ["tensorboard() { :; }", *(block.text for block in blocks_of("docs/getting-started.md"))], folder, 600,
-        **make_demo_with("--tiny"),
-    )  # fmt: skip
+    """All of the page, the demo in small."""
+    port = free_port()
+    blocks = [block.text for block in blocks_of("docs/getting-started.md")]
+    said = typed([TENSORBOARD % (port, port), *blocks], folder, 600, **make_demo_with("--tiny"))
     rows = re.findall(
         r"^\| ([^|`]+?) \| [\d.]+ ", (ROOT / "docs" / "getting-started.md").read_text().replace("\\|", "¦"), re.M
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import models
+from conftest import random_teacher
 from data_prep.prepare import prepare
 
 pytestmark = [pytest.mark.suite, pytest.mark.timeout(600)]
@@ -40,8 +40,7 @@ def folder(tmp_path) -> Path:
     """Digits, and a teacher of them."""
     prepare("digits", None, tmp_path / "digits", workers=1, progress=False)
     half = (0.5, 0.5, 0.5)
-    card = models.ModelCard(architecture="resnetv2_14x05_bit", num_classes=10, size=32, mean=half, std=half)
-    models.save(tmp_path / "teacher.safetensors", models.create(card.architecture, 10), card)
+    random_teacher(tmp_path / "teacher.safetensors", 3, 32, half, half, "", 10)
     return tmp_path
 
 
