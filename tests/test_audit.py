@@ -35,11 +35,6 @@ def a_teacher(model, *data):
 
 
 @pytest.fixture(scope="module")
-def index(tiny_data) -> Index:
-    return Index.open(tiny_data)
-
-
-@pytest.fixture(scope="module")
 def address(tiny_model, tiny_data):
     with a_teacher(tiny_model, tiny_data) as address:
         yield address

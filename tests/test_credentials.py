@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from concurrent import futures
 from pathlib import Path
 
@@ -12,33 +11,13 @@ import grpc
 import pytest
 
 from protos import teacher_pb2_grpc as pb_grpc
+from scripted_teacher import DIGEST, ScriptedTeacher, batch, expected_logits
 from student_trainer.fleet import Fleet, TeacherRefusedError, TeachersGoneError
 from student_trainer.fleet.addresses import Place
 from student_trainer.fleet.credentials import Credentials, Token
-from test_fleet import DIGEST, ScriptedTeacher, batch, expected_logits
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKEN = "a token of thirty-two characters"[:32].replace(" ", "-")
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory) -> Path:
-    """Of a teacher called `teacher`."""
-    return make_keys(tmp_path_factory.mktemp("ours"))
-
-
-@pytest.fixture(scope="module")
-def other_keys(tmp_path_factory) -> Path:
-    return make_keys(tmp_path_factory.mktemp("theirs"))
-
-
-def make_keys(folder: Path) -> Path:
-    subprocess.run(
-        ["sh", str(ROOT / "docker" / "make_keys.sh"), str(folder), "teacher"], check=True, capture_output=True
-    )
-    (folder / "token").chmod(0o600)
-    (folder / "token").write_text(TOKEN + "\n")
-    return folder
+TOKEN = "a-token-of-thirty-two-characters"
 
 
 class Door(grpc.ServerInterceptor):
@@ -119,12 +98,13 @@ def test_the_wrong_language_is_guessed_at(keys):
 
 @pytest.mark.parametrize("how", ["tls", "loopback", "unix"])
 def test_a_token_is_shown_with_every_call(keys, tmp_path, how):
-    door = Door(TOKEN)
+    token = (keys / "token").read_text().strip()
+    door = Door(token)
     address = f"unix:{tmp_path / 's'}" if how == "unix" else "127.0.0.1:0"
     tls = {"ca": keys / "ca.pem"} if how == "tls" else {}
     with serving(keys if how == "tls" else None, door=door, address=address) as address:
         ask(address, token=Token(keys / "token"), **tls)
-    assert len(door.shown) > 1 and set(door.shown) == {f"Bearer {TOKEN}"}
+    assert len(door.shown) > 1 and set(door.shown) == {f"Bearer {token}"}
 
 
 def test_without_the_right_token_a_run_ends_at_once_and_says_which_setting(keys, tmp_path):

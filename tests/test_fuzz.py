@@ -25,16 +25,16 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import peak_mb
 from data_prep.index import Index
 from make_pictures import awkward_pictures, broken_pictures, encode, jpeg, smooth
+from one_teacher import draw as draw_rows
+from one_teacher import files, rendered
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from protos.arrays import to_message
 from protos.outline import check_outline
 from test_picture_limits import SIDE, ihdr, png, with_scans, with_size
-from test_security import peak_mb
-from test_service import draw as draw_rows
-from test_service import files, rendered
 from views.wire import ask_by_reference, ask_encoded, ask_for_mean, ask_pixels
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -87,7 +87,7 @@ class Desk:
 
 
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def closed(keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Addresses of servers that do not let everybody in: one wants a token, one TLS. Neither has a model."""
     from teacher_server.config import Config
     from teacher_server.server import create_server
@@ -95,8 +95,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     folder = tmp_path_factory.mktemp("closed")
     (folder / "token").touch(0o600)
     (folder / "token").write_text("the-right-one-of-all")
-    subprocess.run([ROOT / "docker" / "make_keys.sh", folder / "keys", "teacher"], check=True, capture_output=True)
-    tls = {"tls_cert": folder / "keys" / "server.pem", "tls_key": folder / "keys" / "server.key"}
+    tls = {"tls_cert": keys / "server.pem", "tls_key": keys / "server.key"}
     places = {"guarded": {"token_file": folder / "token"}, "tls": tls}
     made = {
         name: create_server(Config(model="none", address="127.0.0.1:0", device="cpu", **files))

@@ -20,6 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from conftest import peak_mb
 from make_pictures import awkward_pictures, encode, jpeg, plain_pictures, smooth
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
@@ -27,7 +28,6 @@ from protos.arrays import to_message
 from teacher_server import pictures as pictures_room
 from teacher_server.picture_header import HeaderError, claimed_size
 from teacher_server.pictures import BadRequestError, Pictures, make_renderers
-from test_security import peak_mb
 from views import render as render_room
 from views.wire import Question
 

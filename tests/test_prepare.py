@@ -1,62 +1,26 @@
-"""Preparing: any official layout becomes shards that webdataset and tar read, whole or not at all."""
+"""Preparing: a folder of pictures becomes shards that webdataset and tar read, whole or not at all."""
 
-import gzip
 import io
 import re
 import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
 import webdataset
 from PIL import Image, ImageOps
 
 from conftest import wait_until
 from data_prep.check import check
 from data_prep.index import Index
-from data_prep.layouts import split_of_path
 from data_prep.prepare import CorruptPictures, main, prepare
-from make_pictures import awkward_pictures, broken_pictures, encode, jpeg, plain_pictures, rotated, smooth, write_files
+from make_pictures import awkward_pictures, broken_pictures, jpeg, plain_pictures, rotated, smooth, write_files
+from preparing import labels, make, mat, picture
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def make(name: str, source: Path | None, out: Path, **options) -> Index:
-    """Prepare in this process, without a bar."""
-    return prepare(name, source, out, **({"workers": 1, "progress": False} | options))
-
-
-def keys(index: Index, split: str) -> list[str]:
-    return [index.key[row].decode() for row in index.splits[split]]
-
-
-def labels(index: Index) -> dict[str, int]:
-    return {key.decode(): int(label) for key, label in zip(index.key, index.label, strict=True)}
-
-
-def picture(index: Index, key: str) -> bytes:
-    return index.read(np.flatnonzero(index.key == key.encode()))[0].tobytes()
-
-
-def tar_of(files: dict[str, bytes], compress: bool = False) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, contents in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(contents)
-            tar.addfile(member, io.BytesIO(contents))
-    return gzip.compress(buffer.getvalue(), 1) if compress else buffer.getvalue()
-
-
-def mat(**arrays) -> bytes:
-    buffer = io.BytesIO()
-    scipy.io.savemat(buffer, arrays)
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -71,9 +35,6 @@ def few(tmp_path: Path) -> Path:
 reads_with_webdataset = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
-
-
-# What comes out
 
 
 @reads_with_webdataset
@@ -139,9 +100,6 @@ def test_the_result_does_not_depend_on_the_number_of_workers(few, tmp_path):
     three = make("folder", few, tmp_path / "three", pictures_per_shard=3, workers=3)
     assert len(one.shards) == 6
     assert one.digest == three.digest
-
-
-# Pictures
 
 
 def test_awkward_pictures_come_out_as_a_viewer_shows_them(tmp_path):
@@ -236,9 +194,6 @@ def test_a_repaired_source_needs_no_permission(few, tmp_path):
     assert len(make("folder", few, tmp_path / "out")) == 14
 
 
-# Whole or not at all
-
-
 def test_the_same_command_again_does_nothing(few, tmp_path, capsys):
     command = {"out": tmp_path / "out", "source": few, "workers": 1}
     assert main("folder", **command) == 0
@@ -314,267 +269,6 @@ def test_arguments_that_mean_nothing_are_refused(few, tmp_path, capsys):
             make(name, source, tmp_path / "out", **options)
     assert main("folder", out=tmp_path / "out", source=tmp_path / "nowhere") == 2
     assert "nowhere is not a folder" in capsys.readouterr().err
-
-
-# The data sets
-
-
-def test_digits_need_nothing_and_are_stratified(tmp_path):
-    index = make("digits", None, tmp_path / "out")
-    assert {split: len(rows) for split, rows in index.splits.items()} == {"train": 1198, "val": 299, "test": 300}
-    for rows in index.splits.values():
-        counts = np.bincount(index.label[rows.start : rows.stop], minlength=10)
-        assert counts.max() - counts.min() <= 0.05 * len(rows)
-    assert set(index.height) == set(index.width) == {32}
-    assert check(index.root, workers=1, progress=False) == []
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_flowers102_follows_setid_and_imagelabels(tmp_path, packed):
-    pictures = {f"jpg/image_{i:05d}.jpg": jpeg(i) for i in range(1, 8)}
-    files = {"102flowers.tgz": tar_of(pictures, compress=True)} if packed else pictures
-    mats = {
-        "imagelabels.mat": mat(labels=[[3, 1, 2, 3, 1, 2, 1]]),
-        "setid.mat": mat(trnid=[[4, 1]], valid=[[2]], tstid=[[7, 3, 5]]),
-    }
-    index = make("flowers102", write_files(tmp_path / "in", files | mats), tmp_path / "out")
-    assert keys(index, "train") == ["image_00001", "image_00004"] and keys(index, "val") == ["image_00002"]
-    assert keys(index, "test") == ["image_00003", "image_00005", "image_00007"]
-    assert keys(index, "spare") == ["image_00006"]
-    assert [labels(index)[f"image_{i:05d}"] for i in range(1, 8)] == [2, 0, 1, 2, 0, 1, 0]
-    assert picture(index, "image_00003") == pictures["jpg/image_00003.jpg"]
-    assert not (tmp_path / "out.partial").exists()
-
-
-def test_flowers102_have_their_names(tmp_path):
-    files = {f"jpg/image_{i:05d}.jpg": jpeg(0, 8, 8) for i in (1, 2)}
-    mats = {"imagelabels.mat": mat(labels=[[77, 102]]), "setid.mat": mat(trnid=[[1]], valid=[[2]], tstid=[[]])}
-    index = make("flowers102", write_files(tmp_path / "in", files | mats), tmp_path / "out")
-    assert len(index.classes) == 102 and index.classes[index.label[0]] == "passion flower"
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_pets_take_a_tenth_of_trainval_for_val_and_keep_what_is_in_no_list(tmp_path, packed):
-    breeds = ["Abyssinian", "american_bulldog"]
-    listed = [f"{breed}_{i}" for breed in breeds for i in range(20)]
-    pictures = {f"images/{key}.jpg": jpeg(i, 16, 20) for i, key in enumerate([*listed, "Abyssinian_100"])}
-    lines = {key: f"{key} {1 + (key > 'a')} 1 1\n" for key in listed}
-    annotations = {
-        "annotations/trainval.txt": "".join(lines[key] for key in listed[::2]).encode(),
-        "annotations/test.txt": "".join(lines[key] for key in listed[1::2]).encode(),
-        "annotations/trimaps/._Abyssinian_100.png": b"macOS was here",
-    }
-    pictures["images/Abyssinian_100.mat"] = b"left behind by the authors"
-    pictures["images/._Abyssinian_1.jpg"] = b"macOS was here"
-    files = {**pictures, **annotations}
-    if packed:
-        files = {"images.tar.gz": tar_of(pictures, True), "annotations.tar.gz": tar_of(annotations, True)}
-    index = make("pets", write_files(tmp_path / "in", files), tmp_path / "out")
-    assert index.classes == ("Abyssinian", "american_bulldog")
-    assert sorted(keys(index, "train") + keys(index, "val")) == sorted(listed[::2])
-    assert len(keys(index, "train")) == 18 and keys(index, "test") == sorted(listed[1::2])
-    assert keys(index, "spare") == ["Abyssinian_100"]
-    assert all(label == (key > "a") for key, label in labels(index).items())
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_food101_takes_a_tenth_of_train_for_val(tmp_path, packed):
-    classes = ["apple_pie", "waffles"]
-    listed = [f"{name}/{1000 + i}" for name in classes for i in range(15)]
-    files = {f"food-101/images/{key}.jpg": jpeg(i, 16, 20) for i, key in enumerate(listed)}
-    train = [key for i, key in enumerate(listed) if i % 3]
-    test = listed[::3]
-    files |= {
-        "food-101/meta/classes.txt": "\n".join(classes).encode(),
-        "food-101/meta/train.txt": "\n".join(train).encode(),
-        "food-101/meta/test.txt": "\n".join(test).encode(),
-    }
-    source = write_files(tmp_path / "in", {"food-101.tar.gz": tar_of(files, True)} if packed else files)
-    index = make("food101", source, tmp_path / "out")
-    assert sorted(keys(index, "train") + keys(index, "val")) == sorted(train) and keys(index, "test") == sorted(test)
-    assert len(keys(index, "val")) == 2 and index.classes == ("apple_pie", "waffles")
-    assert all(label == key.startswith("waffles") for key, label in labels(index).items())
-    if not packed:
-        inside = make("food101", source / "food-101", tmp_path / "inside")
-        assert keys(inside, "val") == keys(index, "val")
-
-
-def test_food101_with_a_listed_picture_missing_is_refused(tmp_path):
-    meta = {"classes.txt": b"a", "train.txt": b"a/1\na/2", "test.txt": b""}
-    files = {f"food-101/meta/{name}": text for name, text in meta.items()} | {"food-101/images/a/1.jpg": jpeg(0)}
-    with pytest.raises(ValueError, match=r"1 pictures named by meta/train.txt and meta/test.txt .* a/2 first"):
-        make("food101", write_files(tmp_path / "in", files), tmp_path / "out")
-
-
-@pytest.mark.parametrize("listed", [True, False])
-def test_sun397_follows_tfds_lists_where_they_are_and_else_seventy_ten_twenty(tmp_path, listed):
-    names = [f"/a/abbey/sun_{i}" for i in range(10)] + [f"/c/car_interior/backseat/sun_{i}" for i in range(10)]
-    files = {f"SUN397{name}.jpg": jpeg(i, 16, 20) for i, name in enumerate(names)}
-    files["SUN397/ClassName.txt"] = b"/a/abbey\n/c/car_interior/backseat\n"
-    source = write_files(tmp_path / "in", {"SUN397.tar.gz": tar_of(files, True)})
-    if listed:
-        for short, part in (("tr", names[::2]), ("va", names[1:4:2]), ("te", names[5::2])):
-            (source / f"sun397_tfds_{short}.txt").write_text("".join(f"{name}.jpg\n" for name in part))
-    index = make("sun397", source, tmp_path / "out")
-    counts = {split: len(rows) for split, rows in index.splits.items()}
-    if listed:
-        assert keys(index, "train") == [name[1:] for name in names[::2]]
-        assert counts == {"train": 10, "val": 2, "test": 8}
-    else:
-        assert counts == {"train": 14, "val": 2, "test": 4}
-    assert index.classes == ("a/abbey", "c/car_interior/backseat")
-    assert all(label == key.startswith("c") for key, label in labels(index).items())
-
-
-def imagenet_files() -> tuple[dict[str, bytes], dict[str, bytes], dict[str, bytes]]:
-    """(training pictures, validation pictures, development kit) of a world of two classes."""
-    wnids = ("n02000002", "n01000001")  # the kit numbers classes in an order of its own
-    train = {f"{wnid}/{wnid}_{i}.JPEG": jpeg(i, 16, 20) for wnid in wnids for i in range(100)}
-    val = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(i, 16, 20) for i in range(4)}
-    kind = [("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "i4")]
-    rows = [(1, wnids[0], "hen", "", 0), (2, wnids[1], "cock, rooster", "", 0), (3, "n03000003", "bird", "", 2)]
-    kit = {
-        "ILSVRC2012_devkit_t12/data/meta.mat": mat(synsets=np.array(rows, dtype=kind)),
-        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": b"1\n2\n2\n1\n",
-    }
-    return train, val, kit
-
-
-def test_imagenet_reads_tars_of_tars_and_labels_val_by_the_kit(tmp_path):
-    train, val, kit = imagenet_files()
-    inner = {}
-    for wnid in ("n02000002", "n01000001"):
-        inner[f"{wnid}.tar"] = tar_of({Path(n).name: p for n, p in train.items() if n.startswith(wnid)})
-    files = {
-        "ILSVRC2012_img_train.tar": tar_of(inner),
-        "ILSVRC2012_img_val.tar": tar_of(val),
-        "ILSVRC2012_devkit_t12.tar.gz": tar_of(kit, compress=True),
-    }
-    index = make("imagenet", write_files(tmp_path / "in", files), tmp_path / "out")
-    assert {split: len(rows) for split, rows in index.splits.items()} == {"train": 196, "val": 2, "test": 4, "spare": 2}
-    assert index.classes == ("cock, rooster", "hen")
-    found = labels(index)
-    assert all(found[key] == key.startswith("n02") for key in found if key.startswith("n0"))
-    assert [found[key] for key in keys(index, "test")] == [1, 0, 0, 1]
-    for name, contents in train.items():
-        assert picture(index, name.removesuffix(".JPEG")) == contents
-
-
-def test_imagenet_as_class_folders_gives_the_same_members(tmp_path):
-    train, val, kit = imagenet_files()
-    wnids = ("n02000002", "n01000001", "n01000001", "n02000002")
-    tree = {f"train/{name}": p for name, p in train.items()}
-    tree |= {f"val/{wnid}/{name}": p for wnid, (name, p) in zip(wnids, val.items(), strict=True)}
-    index = make("imagenet", write_files(tmp_path / "tree", tree), tmp_path / "out")
-    assert index.classes == ("n01000001", "n02000002")
-    assert [labels(index)[key] for key in keys(index, "test")] == [1, 0, 0, 1]
-    flat = {f"train/{name}": p for name, p in train.items()} | {f"val/{name}": p for name, p in val.items()}
-    with pytest.raises(FileNotFoundError, match=r"lacks ILSVRC2012_devkit_t12.tar.gz"):
-        make("imagenet", write_files(tmp_path / "flat", flat), tmp_path / "out2")
-    with_kit = make("imagenet", write_files(tmp_path / "flat", kit), tmp_path / "out2")
-    assert keys(with_kit, "val") == keys(index, "val") and labels(with_kit) == labels(index)
-
-
-# Shards that exist
-
-
-def foreign_shards(folder: Path) -> dict[str, bytes]:
-    """Shards as webdataset's own writer makes them, in all the dialects; key -> encoded picture."""
-    folder.mkdir()
-    image = Image.fromarray(smooth(3))
-    kinds = {"jpg": rotated(6), "png": encode(image, "PNG"), "jpeg": jpeg(4), "webp": encode(image, "WEBP")}
-    pictures = {}
-    (folder / "val").mkdir()
-    for shard in (folder / "train-0001.tar", folder / "train-0000.tar", folder / "val" / "0000.tar"):
-        with webdataset.TarWriter(str(shard), encoder=False) as writer:
-            for kind, encoded in kinds.items():
-                key = f"{shard.stem}/{kind}"
-                label = {"json": b'{"label": 2, "width": 1}'} if kind == "jpeg" else {"cls": b"1"}
-                label = {"txt": b"a caption only"} if kind == "webp" else label
-                writer.write({"__key__": key, kind: encoded, **label})
-                pictures[key] = encoded
-            writer.write({"__key__": f"{shard.stem}/none", "json": b"{}"})
-    return pictures
-
-
-def test_shards_of_webdatasets_own_writer_are_indexed_where_they_are(tmp_path):
-    source = tmp_path / "elsewhere"
-    pictures = foreign_shards(source)
-    before = {path: path.read_bytes() for path in source.rglob("*.tar")}
-    index = make("shards", source, tmp_path / "out", workers=2)
-    assert [shard.name for shard in index.shards] == ["train-0000.tar", "train-0001.tar", "val-0000.tar"]
-    assert dict(index.splits) == {"train": range(8), "val": range(8, 12)} and index.name == "elsewhere"
-    assert index.classes == ("0", "1", "2")
-    assert [labels(index)[f"train-0000/{kind}"] for kind in ("jpg", "png", "jpeg", "webp")] == [1, 1, 2, -1]
-    for key, contents in pictures.items():
-        assert picture(index, key) == contents
-    assert (index.height[0], index.width[0]) == (80, 60), "the size of the upright picture"
-    assert index.prepared["num_without_picture"] == 3
-    assert before == {path: path.read_bytes() for path in source.rglob("*.tar")}
-    assert (source / "train-0000.tar").samefile(tmp_path / "out" / "train-0000.tar")
-    assert check(index.root, workers=1, progress=False) == []
-
-
-def test_shards_on_another_file_system_are_linked_and_may_be(tmp_path):
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
-        if Path(elsewhere).stat().st_dev == tmp_path.stat().st_dev:
-            pytest.skip("/dev/shm is on the same file system")
-        source = write_files(Path(elsewhere), {"a.tar": tar_of({"1.jpg": jpeg(1), "1.cls": b"0"})})
-        index = make("shards", source, tmp_path / "out")
-        assert (index.root / "a.tar").is_symlink()
-        assert Index.open(index.root).read([0])[0].tobytes() == jpeg(1)
-        assert check(index.root, workers=1, progress=False) == []
-    with pytest.raises(FileNotFoundError, match=r"a.tar is missing"):
-        Index.open(index.root)
-
-
-def test_shards_of_img2dataset_are_indexed(tmp_path):
-    source = write_files(tmp_path / "laion", {"00000.parquet": b"PAR1", "00000_stats.json": b"{}"})
-    with webdataset.ShardWriter(str(source / "%05d.tar"), maxcount=2, verbose=0) as writer:
-        for i in range(5):
-            record = {"caption": "x", "url": "https://example.org", "status": "success", "key": f"{i:09d}"}
-            writer.write({"__key__": f"{i:09d}", "jpg": jpeg(i), "txt": "a caption", "json": record})
-    index = make("shards", source, tmp_path / "out")
-    assert len(index.shards) == 3 and set(index.label) == {-1}
-    assert [key.decode() for key in index.key.tolist()] == [f"{i:09d}" for i in range(5)]
-
-
-def test_shards_take_names_from_classes_txt_and_refuse_labels_beyond_them(tmp_path):
-    source = tmp_path / "elsewhere"
-    foreign_shards(source)
-    (source / "classes.txt").write_text("ant\nbee\ncat\n")
-    assert make("shards", source, tmp_path / "out").classes == ("ant", "bee", "cat")
-    (source / "classes.txt").write_text("ant\nbee\n")
-    with pytest.raises(ValueError, match="label 2 is beyond the 2 classes"):
-        make("shards", source, tmp_path / "out2")
-
-
-def test_bad_shards_are_refused_by_name(tmp_path):
-    packed = write_files(tmp_path / "packed", {"a.tar.gz": tar_of({"1.jpg": jpeg(1)}, True)})
-    with pytest.raises(ValueError, match=r"a.tar.gz is compressed .*decompress it"):
-        make("shards", packed, tmp_path / "out")
-    cut = write_files(tmp_path / "cut", {"a.tar": tar_of({"1.jpg": jpeg(1)})[:900]})
-    with pytest.raises(ValueError, match=r"a.tar is not a whole, uncompressed tar"):
-        make("shards", cut, tmp_path / "out")
-    named = write_files(tmp_path / "named", {"a.tar": tar_of({"1.jpg": jpeg(1), "1.cls": b"cat"})})
-    with pytest.raises(ValueError, match=r"sample 1 of .*a.tar has label 'cat', which is not a number"):
-        make("shards", named, tmp_path / "out")
-
-
-def test_a_corrupt_picture_in_a_foreign_shard_is_left_out_of_the_index(tmp_path):
-    files = {"1.jpg": jpeg(1), "2.jpg": jpeg(2)[:300], "3.jpg": jpeg(3)}
-    source = write_files(tmp_path / "in", {"a.tar": tar_of(files)})
-    with pytest.raises(CorruptPictures):
-        make("shards", source, tmp_path / "out")
-    index = make("shards", source, tmp_path / "out", skip_corrupt=True)
-    assert [key.decode() for key in index.key] == ["1", "3"]
-    assert [name for name, _ in index.prepared["corrupt"]] == ["a.tar: 2.jpg"]
-
-
-def test_splits_are_read_from_the_names_of_shards():
-    names = {"imagenet-train-{0000..0146}.tar": "train", "imagenet-val-000006.tar": "val", "test/0001.tar": "test"}
-    names |= {"validation-00.tar": "val", "00000.tar": "train", "restraint-01.tar": "train"}
-    assert {name: split_of_path(name) for name in names} == names
 
 
 def test_the_command_line_explains_itself():

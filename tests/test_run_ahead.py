@@ -4,10 +4,8 @@ import itertools
 import time
 
 import numpy as np
-import pytest
 import torch
 
-from data_prep.index import Index
 from student_trainer.fleet import Answer
 from student_trainer.loader import Lesson, Source, run_ahead
 from student_trainer.teachers import LiveTeacher
@@ -54,11 +52,6 @@ def settled(fleet):
     while before != len(fleet.asked):
         before = len(fleet.asked)
         time.sleep(0.02)
-
-
-@pytest.fixture
-def index(tiny_data):
-    return Index.open(tiny_data)
 
 
 def test_teachers_that_answer_in_time_are_asked_no_farther_ahead_than_pixels_are_made(index):
