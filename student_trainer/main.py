@@ -8,23 +8,24 @@ python student_trainer/main.py --recipe imagenet/ensemble/9600 --tiny      # a m
 import sys
 from pathlib import Path
 
-# torchrun puts this folder first on the path: its files would shadow the standard library's, and the rooms beside
-# it would not be found. The repository's root takes its place.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:
+    # As a script, torchrun's too, this folder is first on the path: its files would shadow the standard library's, and
+    # the rooms beside it would not be found. The repository's root takes its place.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse  # noqa: E402
-import difflib  # noqa: E402
-import os  # noqa: E402
-from typing import NoReturn  # noqa: E402
+import argparse
+import difflib
+import os
+from typing import NoReturn
 
 # Threads that spin at a barrier steal the cores of the teacher, or of whoever else is on this machine: with both
 # cores of a two-core machine in use, a step of two spinning threads took 3.7 s that takes 0.2 s alone. Effective
 # only before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from student_trainer import log  # noqa: E402
-from student_trainer.config import Config, override  # noqa: E402
-from student_trainer.recipes import RECIPES  # noqa: E402
+from student_trainer import log
+from student_trainer.config import Config, override
+from student_trainer.recipes import RECIPES
 
 
 def parse(args: list[str]) -> tuple[Config, bool]:

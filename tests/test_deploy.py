@@ -20,6 +20,7 @@ from student_trainer.exporter import Exporter
 from student_trainer.recipes import RECIPES
 from teacher_server.config import Config
 from teacher_server.metrics import Metrics
+from typed import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE, CPU, NODES = (ROOT / f"docker-compose{kind}.yml" for kind in ("", ".cpu", ".nodes"))
@@ -230,6 +231,32 @@ def test_a_manifest_follows_kubernetes_own_schema(file, manifest):
 def test_the_kustomization_names_files_that_are_there():
     listed = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
     assert set(listed) | {"prepare.yaml", "student.yaml"} == {file for file, _ in MANIFESTS}
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_kubectl_builds_the_kustomization_and_makes_the_secrets_that_pods_mount(keys, tmp_path):
+    """Without a cluster: what would be sent to it."""
+
+    def kubectl(*arguments: str) -> list[dict[str, Any]]:
+        run = subprocess.run(["kubectl", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return list(yaml.safe_load_all(run.stdout))
+
+    listed = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
+    built = kubectl("kustomize", str(KUBERNETES))
+    expected = [(manifest["kind"], manifest["metadata"]["name"]) for file, manifest in MANIFESTS if file in listed]
+    assert sorted((one["kind"], one["metadata"]["name"]) for one in built) == sorted(expected)
+    assert {one["metadata"]["namespace"] for one in built if one["kind"] != "Namespace"} == {"funmatch"}
+
+    (tmp_path / "keys").symlink_to(keys)
+    typed = Page("docs/deployment.md", {}).take("^kubectl -n funmatch create secret", 2)
+    made = [kubectl(*shlex.split(line)[1:], "--dry-run=client", "-o", "yaml")[0] for line in typed]
+    files = {secret["metadata"]["name"]: set(secret["data"]) for secret in made}
+    for kind, name in (("Deployment", "teacher"), ("Job", "student")):
+        pod = pod_of(kind, name)
+        (secret,) = [volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume]
+        container = pod["containers"][0]
+        (folder,) = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "keys"]
+        assert files[secret] == set(re.findall(rf"{folder}/([\w.]+)", json.dumps(container)))  # by flags and by probes
 
 
 def test_the_teacher_has_every_flag_that_its_pods_give_it():

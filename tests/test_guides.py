@@ -6,7 +6,6 @@ says which commands it leaves; test_docs.py asks all of them of their parsers.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -14,14 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import scipy.io
 
 from conftest import free_port, random_teacher
-from make_pictures import jpeg, write_files
 from shell_blocks import ROOT
-from typed import CLASSES, CLOSED, Page, blocks_of, clone, in_background, pictures, typed
+from typed import CLASSES, CLOSED, Page, blocks_of, clone, flowers, in_background, make_with, pictures, typed
 
 pytestmark = [
     pytest.mark.suite,
@@ -35,36 +31,15 @@ TINY = "--tiny --optim.epochs 3"
 
 def make_demo_with(flags: str) -> dict[str, str]:
     """The environment in which `make demo` gives its two trainings these flags."""
-    ranks = f"OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=2 student_trainer/main.py {flags}"
-    return {"MAKEFLAGS": "TWO_RANKS=" + ranks.replace(" ", "\\ "), "MAKELEVEL": "0"}
+    return make_with(
+        TWO_RANKS=f"OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node=2 student_trainer/main.py {flags}"
+    )
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A fresh clone, after make install."""
     return clone(tmp_path / "funmatch")
-
-
-def commands(page: str, folder: Path, choices: dict[str, str]) -> Page:
-    noted = folder.parent / f"noted_{Path(page).stem}"
-    noted.mkdir()
-    return Page(page, noted, choices)
-
-
-def flowers(root: Path) -> Path:
-    """The official layout of Flowers102, with 128 pictures of a few of its classes."""
-    rng = np.random.default_rng(102)
-    order = rng.permutation(128) + 1
-    mats = {
-        "imagelabels.mat": {"labels": [rng.integers(1, 103, 128)]},
-        "setid.mat": {"trnid": [order[:96]], "valid": [order[96:112]], "tstid": [order[112:]]},
-    }
-    files = {f"jpg/image_{number:05d}.jpg": jpeg(number) for number in range(1, 129)}
-    for name, arrays in mats.items():
-        buffer = io.BytesIO()
-        scipy.io.savemat(buffer, arrays)
-        files[name] = buffer.getvalue()
-    return write_files(root, files)
 
 
 def teacher(path: Path, num_classes: int) -> Path:
@@ -98,8 +73,8 @@ def ended_well(*logs: Path) -> bool:
 def test_a_run_of_ones_own_as_the_readme_has_it(folder):
     """All of the page but make's verbs (here below, test_study.py, .ci/run) and containers (test_compose.py)."""
     ports = free_port(), free_port()
-    page = commands(
-        "README.md", folder,
+    page = Page(
+        "README.md",
         {
             "/archives": str(flowers(folder.parent / "archives")), "--step 100": "--step 4",
             "bit:R152x2_T_flowers128": str(teacher(folder.parent / "teacher.safetensors", 102)),
@@ -136,8 +111,8 @@ def test_data_teachers_and_students_of_ones_own_as_their_page_has_them(folder):
     flowers(folder / "archives")
     onnx_file(folder / "teacher.onnx")
     ports = free_port(), free_port()
-    page = commands(
-        "docs/own-data.md", folder,
+    page = Page(
+        "docs/own-data.md",
         {
             "tf_efficientnet_lite2.in1k": str(teacher(folder.parent / "lite2.safetensors", len(CLASSES))),
             "bit:R152x2_T_flowers128": str(teacher(folder.parent / "bit.safetensors", 102)),
@@ -176,8 +151,8 @@ def test_keys_and_a_token_as_the_page_on_security_has_them(folder):
     """All of the page; the token's owner learns, somebody without one is told so."""
     pictures(folder / "pictures", number=16)
     port = free_port()
-    page = commands(
-        "docs/security.md", folder,
+    page = Page(
+        "docs/security.md",
         {
             "teacher.example.org:50051": f"localhost:{port}", "teacher.example.org 10.0.0.5": "localhost 127.0.0.1",
             "0.0.0.0:50051": f"0.0.0.0:{port}", "--nproc-per-node=8": "--nproc-per-node=2",
@@ -208,7 +183,7 @@ def test_recipes_are_listed_explained_and_run_as_their_page_has_it(folder):
     """All of the page but a run that README has, too."""
     port = free_port()
     flowers(folder / "archives")
-    page = commands("docs/recipes.md", folder, {"50051": str(port)})
+    page = Page("docs/recipes.md", {"50051": str(port)})
     page.take("imagenet/ensemble/9600 --tiny", 1)
     listed, explained = page.take(r"student_trainer\.recipes", 2)
     student = page.take("funmatch train", 1)[0]
@@ -255,7 +230,7 @@ def test_getting_started_works_as_written(folder):
 
 def test_the_demo_on_flowers_works_as_the_readme_has_it(folder):
     archives = flowers(folder.parent / "archives")
-    page = commands("README.md", folder, {"SOURCE=/archives": f"SOURCE={archives}"})
+    page = Page("README.md", {"SOURCE=/archives": f"SOURCE={archives}"})
     said = typed(page.take("^make demo DATA=", 1), folder, 600, **make_demo_with(TINY))
     assert "Traceback" not in said
     assert (folder / "runs/demo-flowers102/report.png").is_file()

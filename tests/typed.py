@@ -6,6 +6,7 @@ Not here: which commands a page has (shell_blocks.py).
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -13,14 +14,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 from PIL import Image
 
 from conftest import photograph
+from make_pictures import jpeg, write_files
 from shell_blocks import ROOT, Block, session, shell_blocks
 
 CLASSES = ("aster", "daisy", "iris", "lily", "rose", "tulip")
@@ -37,9 +41,10 @@ for one in $others; do wait $one; done"""
 class Page:
     """The commands of a page in order, taken a few at a time: what nobody took was not tried."""
 
-    def __init__(self, name: str, folder: Path, choices: Mapping[str, str]) -> None:
+    def __init__(self, name: str, choices: Mapping[str, str]) -> None:
         """choices: what a reader puts in place of what the page has. Each must be on the page."""
-        noted = session(blocks_of(name), folder).commands
+        with tempfile.TemporaryDirectory() as folder:
+            noted = session(blocks_of(name), Path(folder)).commands
         self.left = [shlex.join(command.argv) for command in noted]
         for written, chosen in choices.items():
             assert any(written in line for line in self.left), f"{name} has no {written}"
@@ -81,6 +86,28 @@ def pictures(root: Path, *, split: bool = True, labels: bool = True, number: int
                 pixels = 0.5 * np.asarray(photograph(rng, 40, 48)) + 0.5 * COLOURS[label]
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}_{place:02d}.jpg", quality=90)
     return root
+
+
+def flowers(root: Path) -> Path:
+    """The official layout of Flowers102, with 128 pictures of a few of its classes."""
+    rng = np.random.default_rng(102)
+    order = rng.permutation(128) + 1
+    mats = {
+        "imagelabels.mat": {"labels": [rng.integers(1, 103, 128)]},
+        "setid.mat": {"trnid": [order[:96]], "valid": [order[96:112]], "tstid": [order[112:]]},
+    }
+    files = {f"jpg/image_{number:05d}.jpg": jpeg(number) for number in range(1, 129)}
+    for name, arrays in mats.items():
+        buffer = io.BytesIO()
+        scipy.io.savemat(buffer, arrays)
+        files[name] = buffer.getvalue()
+    return write_files(root, files)
+
+
+def make_with(**variables: str) -> dict[str, str]:
+    """The environment in which make has these variables, whatever its file says."""
+    escaped = (f"{name}={value}".replace(" ", "\\ ") for name, value in variables.items())
+    return {"MAKEFLAGS": " ".join(escaped), "MAKELEVEL": "0"}
 
 
 def typed(script: Sequence[str], folder: Path, timeout_s: float, **environment: str) -> str:
