@@ -18,6 +18,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,6 +152,7 @@ def _compare_with_first_time(path: Path) -> None:
 
 def main() -> None:
     """List the released files."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     print(f"kept in {folder()} (FUNMATCH_WEIGHTS)\nfrom    {ADDRESS}\n")
     print(f"{'name':31}{'architecture':20}{'classes':>7}{'px':>5}  {'here':6}{'file':38}what")
     for name, entry in RELEASED.items():

@@ -76,6 +76,15 @@ def test_help_into_a_pipe_that_closes_ends_without_a_word(word):
     assert run.stderr == ""
 
 
+@pytest.mark.parametrize("module", ["models.zoo", "student_trainer.recipes"])
+def test_a_list_into_a_pipe_that_nobody_reads_ends_without_a_word(module):
+    run = subprocess.run(
+        ["bash", "-c", '"$@" | true', "bash", sys.executable, "-m", module],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert run.stderr == ""
+
+
 def test_a_recipe_s_settings_are_explained_with_its_own_values():
     said = funmatch("train", "--recipe", "digits/demo", "--help")
     assert said.returncode == 0

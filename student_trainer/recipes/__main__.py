@@ -1,6 +1,7 @@
 """`python -m student_trainer.recipes [NAME ...]`: the list of recipes, or all about some of them."""
 
 import argparse
+import signal
 import textwrap
 
 from student_trainer.config import flag, settings
@@ -9,6 +10,7 @@ from student_trainer.recipes import RECIPES, Recipe
 
 def main() -> None:
     """Print."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     parser = argparse.ArgumentParser(prog="python -m student_trainer.recipes", description=__doc__)
     parser.add_argument("name", nargs="*", help="recipes to explain")
     names = parser.parse_args().name
