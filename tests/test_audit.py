@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
+from conftest import serve
 from data_prep.index import Index
 from protos import teacher_pb2 as pb
 from student_trainer.audit import ViewAudit, teacher_rendering
@@ -16,27 +16,13 @@ from student_trainer.fleet import Fleet, TeacherRefusedError
 from student_trainer.loader import Lesson, Source, run_ahead
 from student_trainer.pictures import PictureError
 from student_trainer.teachers import LiveTeacher
-from teacher_server.config import Config
-from teacher_server.server import create_server
 from views.draw import Plan, ViewLaw
 from views.render import RENDER_VERSION, Renderer, Rendering
 
 
-@contextmanager
-def a_teacher(model, *data):
-    server, address = create_server(
-        Config(model=str(model), data=data, address="127.0.0.1:0", device="cpu", batch_rows=8, threads=1)
-    )
-    server.load()
-    try:
-        yield address
-    finally:
-        server.drain()
-
-
 @pytest.fixture(scope="module")
 def address(tiny_model, tiny_data):
-    with a_teacher(tiny_model, tiny_data) as address:
+    with serve((tiny_model, tiny_data)) as (address,):
         yield address
 
 
