@@ -1,1 +1,1 @@
-"""Trains a student to be the same function as its teacher; see train.py for the loop, recipes.py for the runs."""
+"""Trains a student to be the same function as its teacher: train.py is the loop, recipes/ what can be run by name."""

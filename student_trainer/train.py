@@ -14,10 +14,8 @@ import json
 import logging
 import math
 import secrets
-import signal
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,32 +24,31 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from data_prep.index import Index
 from student_trainer import checkpoint, run_folder, weights_and_biases
 from student_trainer.audit import ViewAudit, teacher_rendering
 from student_trainer.config import FREE_ON_RESUME, Config, flag, settings
+from student_trainer.course import course_of
 from student_trainer.evaluate import Evaluation
 from student_trainer.exporter import Exporter
-from student_trainer.fleet import Audit, Fleet, TeacherError
+from student_trainer.fixed_teacher import FixedTeacher, fill_together
+from student_trainer.fleet import Fleet, TeacherError
 from student_trainer.live import follow
-from student_trainer.loader import Lesson, Source, run_ahead
+from student_trainer.loader import Source, run_ahead
 from student_trainer.logit_store import StoreGoneError
 from student_trainer.loss import agreement, distillation_loss, entropy, kl_divergence, mixup_cross_entropy, one_teacher
 from student_trainer.metrics import Metrics, read
 from student_trainer.optimizer import clip_gradients, make_optimizer, set_schedule
-from student_trainer.schedule import Schedule, num_steps, warmup_of
-from student_trainer.teachers import FixedTeacher, LiveTeacher, Teacher, fleets, services
+from student_trainer.stop_signal import StopSignal
+from student_trainer.student import make_student
+from student_trainer.teachers import LiveTeacher, Teacher, fleets, services
 from student_trainer.weights_and_biases import WeightsAndBiases
 from student_trainer.world import World
-from views.draw import Plan
 from views.mix import mix
 from views.philox import philox_once
 from views.render import Renderer, Rendering
-from views.view import Rows
 
 log = logging.getLogger(__name__)
 
-_HURRY_S = 5.0  # a run that was told to stop waits for its teachers no longer than this
 _DROPOUT = 16  # purpose of the random numbers inside the network; those of the views are below (views/draw.py)
 
 
@@ -70,43 +67,16 @@ def train(config: Config, world: World) -> dict[str, Any]:
     """
     with contextlib.ExitStack() as cleanup:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        stop_signal = _StopSignal()
+        stop_signal = StopSignal()
         device_id = world.device.index if world.device.type == "cuda" else None
 
         # ---- what we train on ------------------------------------------------------------------------------
         models.check_name(config.student.architecture)  # a typing error must not wait for the teacher to load
         if config.wandb:
-            _end_together(world, weights_and_biases.what_is_missing() if world.is_main else None)
-        if config.data.root == Path():
-            raise ValueError(
-                f"which pictures? {config.recipe} names none: give --data DIR, a folder that `funmatch prepare` wrote"
-            )
-        index = Index.open(config.data.root)
-        elsewhere = config.data.evaluate_root
-        eval_index = Index.open(elsewhere) if elsewhere else index
-        for of, split in ((index, config.data.train), (eval_index, config.data.evaluate)):
-            if split not in of.splits:
-                raise ValueError(
-                    f"{of.root} has no split {split!r}; it has {list(of.splits)}. Choose one by --data.evaluate, or "
-                    "prepare own pictures with --hold-out 0.1, which makes a split val"
-                )
-        if config.optim.batch_size % world.size:
-            raise ValueError(f"--optim.batch-size {config.optim.batch_size} is no multiple of {world.size} processes")
-        plan = Plan(
-            seed=config.seed, batch_size=config.optim.batch_size, law=config.views.student,
-            samples=index.splits[config.data.train], height=index.height, width=index.width,
-        )  # fmt: skip
-        # ind/: the teacher looks at the same pictures in the same order, through crops and flips of its own.
-        asked_plan = dataclasses.replace(plan, stream="teacher") if config.views.kind == "ind" else plan
-        share = config.optim.batch_size // world.size
-        first_row, last_row = world.rank * share, (world.rank + 1) * share
-        total_steps = num_steps(config.optim.epochs, len(plan.samples), config.optim.batch_size)
-        schedule = Schedule(
-            num_steps=total_steps,
-            warmup_steps=warmup_of(config.optim.warmup_steps, total_steps),
-            decay=config.optim.decay,
-            stairs=config.optim.stairs,
-        )
+            world.raise_together(weights_and_biases.what_is_missing() if world.is_main else None)
+        course = course_of(config, world)
+        index, eval_index, samples = course.index, course.eval_index, course.plan.samples
+        schedule, total_steps = course.schedule, course.schedule.num_steps
         rendering = Rendering(
             size=config.student.size, interpolation=config.student.interpolation, antialias=config.student.antialias
         )
@@ -130,7 +100,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
             addresses = cleanup.enter_context(services(config, world))
             client = _name_among_others(config, world)
             met = eval_met = cleanup.enter_context(fleets(config, addresses, index.digest, client))
-            if elsewhere:  # pictures of another data set travel in another way, perhaps
+            if eval_index is not index:  # pictures of another data set travel in another way, perhaps
                 eval_met = cleanup.enter_context(fleets(config, addresses, eval_index.digest, client))
             stop_signal.hurried = {*met, *eval_met}
             audits = [ViewAudit(index, fleet, rendering, device_id) for fleet in met]
@@ -143,13 +113,6 @@ def train(config: Config, world: World) -> dict[str, Any]:
                 )
         else:
             num_classes = len(index.classes)
-            if elsewhere:
-                raise ValueError("--targets labels evaluates on the data set whose labels it learns: no evaluate_root")
-            if not index.classes or (index.label[plan.samples.start : plan.samples.stop] < 0).any():
-                raise ValueError(
-                    f"{config.data.root} has pictures without labels; --targets labels needs them all: learn from a "
-                    "teacher (--teacher HOST:PORT), which needs none, or prepare class folders"
-                )
 
         def live(fleet: Fleet, num_views: int, num_audits: Callable[[int], int] | None = None) -> LiveTeacher:
             theirs = teacher_rendering(fleet.description, rendering)
@@ -157,7 +120,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
             renderer = Renderer(theirs, num_views, device_id, config.decode_threads) if renders else None
             return LiveTeacher(fleet, renderer, num_audits)
 
-        asked = [live(fleet, share + 1, _audit_plan(config)) for fleet in met]
+        asked = [live(fleet, course.num_rows + 1, _audit_plan(config)) for fleet in met]
         teachers: list[Teacher] = list(asked)
         if config.views.kind == "fix":
             fixed = [
@@ -166,14 +129,14 @@ def train(config: Config, world: World) -> dict[str, Any]:
             ]
             for one, audit in zip(fixed, audits, strict=True):
                 cleanup.callback(one.store.close)
-                if not _fill(one, audit, plan.samples, world, stop_signal):
+                if not fill_together(one, audit, samples, world, stop_signal):
                     world.say("stopped by a signal while the store was filled; the same command goes on from here")
                     return {"steps": first_step, "stopped": True}
             teachers = list(fixed)
 
         # ---- who learns ------------------------------------------------------------------------------------
         torch.manual_seed(config.seed)
-        student, card = _make_student(config, num_classes, eval_index.name)
+        student, card = make_student(config, num_classes, eval_index.name)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         student.to(device=world.device, memory_format=memory_format)  # type: ignore[call-overload]
         optimizer = make_optimizer(student, config.optim)
@@ -194,14 +157,14 @@ def train(config: Config, world: World) -> dict[str, Any]:
         _introduce(config, world, student, met, total_steps, first_step)
         metrics = None
         if world.is_main:
-            run_folder.write_facts(config, student, who, len(plan.samples), total_steps)
+            run_folder.write_facts(config, student, who, len(samples), total_steps)
             # Without a checkpoint this is 0: what a run wrote before its first one is written again.
             board = cleanup.enter_context(WeightsAndBiases(config)) if config.wandb else None
             metrics = cleanup.enter_context(Metrics(config.run_dir, first_step, board.write if board else None))
         exporter = None
         if config.metrics_address:
             exporter = cleanup.enter_context(Exporter(config.metrics_address, world.local_rank, met))
-        renderer = Renderer(rendering, share + 1, device_id, config.decode_threads)
+        renderer = Renderer(rendering, course.num_rows + 1, device_id, config.decode_threads)
         source = Source(index, renderer, teachers)
         evaluation = Evaluation(
             config, world, eval_index, Renderer(rendering, config.eval_batch, device_id, config.decode_threads),
@@ -225,11 +188,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
         def evaluation_is_due(step: int) -> bool:
             return step == total_steps or bool(config.evaluate_every and step % config.evaluate_every == 0)
 
-        def lesson(step: int) -> Lesson:
-            rows = plan.rows(step, first_row, last_row)
-            return Lesson(step, rows, rows if asked_plan is plan else asked_plan.rows(step, first_row, last_row))
-
-        batches = run_ahead(source, map(lesson, range(first_step, total_steps)), config.prefetch)
+        batches = run_ahead(source, map(course.lesson, range(first_step, total_steps)), config.prefetch)
         cleanup.callback(batches.close)
         progress = cleanup.enter_context(follow(config, world, first_step, total_steps, met))
         labels = torch.from_numpy(np.array(index.label)) if config.targets == "labels" else None
@@ -313,7 +272,7 @@ def train(config: Config, world: World) -> dict[str, Any]:
                 save(step, must=must_stop)
                 if must_stop:
                     return _stopped(world, step)
-                _end_together(world, gone)
+                world.raise_together(gone)
             line["grad_norm"] = float(grad_norm)
             # A scaler skips infinite gradients by itself and lowers its scale; the loss must be finite always.
             watched = ("loss",) if scaler.is_enabled() else ("loss", "grad_norm")
@@ -376,55 +335,6 @@ def _stopped(world: World, step: int) -> dict[str, Any]:
     return {"steps": step, "stopped": True}
 
 
-def _fill(teacher: FixedTeacher, audit: ViewAudit, samples: range, world: World, stop: _StopSignal) -> bool:
-    """Compute what the store lacks; whether it came to its end, on all ranks."""
-    worst = 0
-
-    def check(rows: Rows, vouched: Audit) -> None:
-        nonlocal worst
-        worst = max(worst, audit.mismatch(Lesson(0, rows, rows), vouched))
-
-    gone = None
-    try:
-        filled = teacher.fill(samples, world, lambda: stop.received, check)
-    except (TeacherError, StoreGoneError) as error:
-        gone = error
-    _end_together(world, gone)
-    counts = torch.tensor([filled.there_already, filled.computed, int(filled.stopped)], device=world.device)
-    there, computed, stopped = world.all_sum(counts).tolist()
-    mismatch = int(world.all_max(torch.tensor(worst, device=world.device)))
-    damaged = int(world.all_sum(torch.tensor(teacher.store.counts.damaged, device=world.device)))
-    world.say(
-        f"logits of the fixed teacher: {there} pictures were there, {computed} computed, {damaged} of those because "
-        f"what was there was damaged; largest view mismatch {mismatch} (store {teacher.key.digest[:12]})"
-    )
-    return bool(stopped == 0)
-
-
-def _end_together(world: World, gone: Exception | None) -> None:
-    """Raise, on all ranks, what one of them cannot go on without. All ranks must call it."""
-    if someones := world.any_error(gone):
-        raise gone or someones
-
-
-def _make_student(config: Config, num_classes: int, data_set: str) -> tuple[nn.Module, models.ModelCard]:
-    """The network and how its input is normalised: as its weights want it, or to -1..1 as the reference does."""
-    half = (0.5, 0.5, 0.5)
-    if config.student.weights:
-        model, card = models.load(config.student.weights, config.student.architecture, num_classes)
-        half_or_own = {"mean": card.mean, "std": card.std}
-    else:
-        model = models.create(config.student.architecture, num_classes)
-        models.init_as_bit(model)
-        half_or_own = {"mean": half, "std": half}
-        if config.student.zero_head:
-            models.zero_head(model)
-    return model, models.ModelCard(
-        architecture=config.student.architecture, num_classes=num_classes, size=config.student.size,
-        data_set=data_set, **half_or_own,
-    )  # fmt: skip
-
-
 def _name_among_others(config: Config, world: World) -> str:
     """What this run is called at its teachers, 64 bytes at most: the same on all ranks, another one each start."""
     name = f"{config.recipe[:28]}:{config.run_dir.name[:24]}".encode()[:55].decode(errors="ignore")
@@ -460,20 +370,3 @@ def _introduce(
 def _evaluation_line(step: int, line: dict[str, Any]) -> str:
     shown = [f"{name.removeprefix('eval/')} {value:.4f}" for name, value in line.items() if name.startswith("eval/")]
     return f"step {step}: " + ", ".join(shown)
-
-
-class _StopSignal:
-    """SIGTERM and SIGINT ask for a checkpoint and an end; the second one ends at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self.hurried: set[Fleet] = set()
-        """Who must not keep the run waiting any more, then."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, _frame: Any) -> None:
-        self.received = True
-        for fleet in self.hurried:
-            fleet.hurry(_HURRY_S)
-        signal.signal(number, signal.SIG_DFL)

@@ -94,6 +94,11 @@ class World:
         dist.all_gather_object(told, (type(error), str(error)) if error else None)
         return next((kind(words) for kind, words in filter(None, told)), None)
 
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise, on all ranks, what one of them cannot go on without. All ranks must call it."""
+        if someones := self.any_error(error):
+            raise error or someones
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.all_sum(torch.zeros(1, device=self.device))

@@ -58,7 +58,7 @@ class Answer:
     """The logits of one batch, perhaps still under way."""
 
     recomputed = 0
-    """Rows that a store should have had (teachers.py): a live answer has none."""
+    """Rows that a store should have had (fixed_teacher.py): a live answer has none."""
 
     def __init__(
         self, num_answers: int, num_classes: int, num_parts: int, check_patience: Callable[[float], None]
