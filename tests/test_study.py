@@ -16,7 +16,7 @@ from data_prep.prepare import prepare
 from typed import Page, clone, flowers, make_with, typed
 from views.setting import SETTINGS
 
-pytestmark = [pytest.mark.suite, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.suite, pytest.mark.timeout(1200)]
 
 SOME, SEEDS = ("same/ic+mix", "ind/rc", "fix/ic_ens"), ("0", "1")
 FEW_STEPS = ("--optim.epochs", "0.5", "--optim.warmup-steps", "2", "--views.num-crops", "4", "--device", "cpu")
@@ -73,7 +73,7 @@ def test_make_study_works_as_the_readme_has_it(tmp_path):
     choices = {"/archives WEIGHTS=tf_efficientnet_lite0.safetensors": f"{archives} WEIGHTS={weights}"}
     few = "2 --optim.warmup-steps 1 --optim.batch-size 32 --views.num-crops 4"
     said = typed(
-        Page("README.md", choices).take("^make study", 1), folder, 600, **make_with(STUDY="runs/study", EPOCHS=few)
+        Page("README.md", choices).take("^make study", 1), folder, 1100, **make_with(STUDY="runs/study", EPOCHS=few)
     )
     assert "Traceback" not in said
     assert runs_of(said) == {f"{setting}, seed {seed}" for setting in SETTINGS for seed in (0, 1)}
