@@ -17,25 +17,29 @@ class Finding:
     check: str
     """What was looked at, in a word or two."""
     says: str
-    """What is so."""
+    """What is so: one line, without a full stop."""
     do: str = ""
     """What to do about it; "" where it is ok."""
 
     def __str__(self) -> str:
         cure = f". To do: {self.do}" if self.do else ""
-        return f"{self.state:8}{self.check:20} {' '.join(self.says.split())}{cure}"
+        return f"{self.state:8}{self.check:20} {self.says}{cure}"
 
 
 def ok(check: str, says: str) -> Finding:
     """All is well."""
-    return Finding(state="ok", check=check, says=says)
+    return Finding(state="ok", check=check, says=_one_line(says))
 
 
 def look(check: str, says: str, do: str) -> Finding:
     """It works, but perhaps not as you think."""
-    return Finding(state="look", check=check, says=says, do=do)
+    return Finding(state="look", check=check, says=_one_line(says), do=do)
 
 
 def broken(check: str, says: str, do: str) -> Finding:
     """A run would end on it."""
-    return Finding(state="broken", check=check, says=says, do=do)
+    return Finding(state="broken", check=check, says=_one_line(says), do=do)
+
+
+def _one_line(sentence: str) -> str:
+    return " ".join(sentence.split()).rstrip(".")

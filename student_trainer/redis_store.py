@@ -132,4 +132,5 @@ class RedisStore:
             cure = "Give user and password in the URL (redis://USER:PASSWORD@HOST), or the password in REDISCLI_AUTH"
         else:
             cure = "Start it again, or choose another store (--teacher.store)"
-        return StoreGoneError(f"the logit store {self._name} cannot be used: {type(error).__name__}: {error}. {cure}")
+        why = f"{type(error).__name__}: {error}".rstrip(".")
+        return StoreGoneError(f"the logit store {self._name} cannot be used: {why}. {cure}")

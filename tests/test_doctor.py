@@ -34,6 +34,7 @@ def examine(capsys, tmp_path):
         own = [] if "--run-dir" in flags else ["--run-dir", str(tmp_path / "run")]
         code = doctor.main(["--json", "--device", device, *own, *flags])
         findings = json.loads(capsys.readouterr().out)["findings"]
+        assert not [one for one in findings if ".. " in one["says"] or one["says"].endswith(".")], "one full stop each"
         return code, {one["check"]: f"{one['state']}: {one['says']} | {one['do']}" for one in findings
                       if one["state"] != "ok"}  # fmt: skip
 
