@@ -237,3 +237,14 @@ def test_a_run_folder_whose_checkpoints_are_damaged_is_found(examine, tmp_path):
 
 def test_files_of_credentials_that_are_not_there_are_found(examine, teachers, tmp_path):
     assert "--teacher.tls-ca" in examine("--teacher", teachers[0], "--tls-ca", str(tmp_path / "ca"))[1]["credentials"]
+
+
+def test_a_damaged_checkpoint_with_a_good_one_before_it_is_worth_a_look(examine, tmp_path):
+    save_run(tmp_path, data="", teacher="")
+    (good,) = (tmp_path / "checkpoints").glob("*.pt")
+    good.with_name("step_00000009.pt").write_bytes(b"cut")
+    code, found = examine("--run-dir", str(tmp_path))
+    assert code == 0
+    assert (
+        found["run folder"].startswith("look: ") and "GOING BACK to the checkpoint before it |" in found["run folder"]
+    )
