@@ -16,6 +16,7 @@ if not __package__:
 import argparse
 import difflib
 import os
+import signal
 from typing import NoReturn
 
 # Threads that spin at a barrier steal the cores of the teacher, or of whoever else is on this machine: with both
@@ -26,6 +27,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from student_trainer import log
 from student_trainer.config import Config, override
 from student_trainer.recipes import RECIPES
+
+STOPPED = 128 + signal.SIGTERM
+"""A run that a signal to any of its processes stopped is not done: where torchrun's agent of one host was told to stop,
+those of the others must not take this for an end, but wait for it to come back (--max-restarts) and go on."""
 
 
 def parse(args: list[str]) -> tuple[Config, bool]:
@@ -49,7 +54,7 @@ def parse(args: list[str]) -> tuple[Config, bool]:
 
 
 def main() -> None:
-    """Run a recipe. Exit code 1, with a sentence and no traceback, for what the caller can mend.
+    """Run a recipe. Exit code 1, with a sentence and no traceback, for what the caller can mend; STOPPED if not done.
 
     FUNMATCH_TRACEBACK=1 in the environment asks for the traceback.
     """
@@ -80,7 +85,9 @@ def main() -> None:
                     make_parts(config)
                 processes.barrier()
             summary = train(config, processes)
-            if processes.is_main and not summary.get("stopped"):
+            if summary.get("stopped"):
+                sys.exit(STOPPED)
+            if processes.is_main:
                 from student_trainer.report import print_table  # and matplotlib
 
                 print_table(summary)

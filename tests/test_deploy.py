@@ -52,7 +52,8 @@ def teacher_config(args: list[str]) -> Config:
 
 
 def pod_of(kind: str, name: str) -> dict[str, Any]:
-    return BY_NAME[kind, name]["spec"]["template"]["spec"]
+    spec = BY_NAME[kind, name]["spec"]
+    return spec if kind == "Pod" else spec["template"]["spec"]
 
 
 def seconds(text: str) -> float:
@@ -230,7 +231,7 @@ def test_a_manifest_follows_kubernetes_own_schema(file, manifest):
 
 def test_the_kustomization_names_files_that_are_there():
     listed = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
-    assert set(listed) | {"prepare.yaml", "student.yaml"} == {file for file, _ in MANIFESTS}
+    assert set(listed) | {"prepare.yaml", "student.yaml", "shell.yaml"} == {file for file, _ in MANIFESTS}
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
@@ -276,12 +277,14 @@ def test_the_student_has_every_setting_that_its_pods_give_it():
     _, name, port = re.split(r"dns:///|:(?=\d+$)", entry)
     assert int(port) in [entry["port"] for entry in BY_NAME["Service", name]["spec"]["ports"]]
     pod = pod_of("Job", "student")
-    assert f"--rdzv-endpoint=student-0.{pod['subdomain']}:29500" in args
+    assert f"--rdzv-endpoint=student-0.{pod['subdomain']}.$(NAMESPACE).svc.cluster.local:29500" in args
     assert f"--nnodes={BY_NAME['Job', 'student']['spec']['completions']}" in args
     assert BY_NAME["Service", pod["subdomain"]]["spec"]["publishNotReadyAddresses"]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("Deployment", "teacher"), ("Job", "student"), ("Job", "prepare")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("Deployment", "teacher"), ("Job", "student"), ("Job", "prepare"), ("Pod", "shell")]
+)
 def test_a_pod_can_do_no_more_than_it_must(kind, name):
     pod = pod_of(kind, name)
     assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000

@@ -156,6 +156,19 @@ def ranks_of(run_dir: Path) -> list[int]:
     return found
 
 
+def test_a_run_that_a_signal_stops_is_no_finished_one_and_torchrun_starts_it_again_to_the_same_weights(
+    undisturbed, teachers, tiny_data, tmp_path
+):
+    args = command(tiny_data, tmp_path / "run", *(t.address for t in teachers))
+    process = start([args[0], "--max-restarts=1", *args[1:]], tmp_path)
+    wait_for_step(process, tmp_path / "run", 13)
+    os.kill(max(set(ranks_of(tmp_path / "run")) - {process.pid}), signal.SIGTERM)  # one rank: its host is to go
+    output = finish(process)
+    (step,) = re.findall(r"stopped at step (\d+) by a signal", output)
+    assert f"going on from step {step}" in output
+    assert weights(tmp_path / "run") == weights(undisturbed)
+
+
 @pytest.mark.suite
 def test_a_teacher_killed_in_the_middle_and_started_again_changes_nothing(
     undisturbed, teachers, tiny_model, tiny_data, tmp_path

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from student_trainer.config import TeacherConfig
 from student_trainer.recipes import RECIPES
@@ -29,6 +31,9 @@ from test_end_to_end import command as one_host_command
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = "10.213.7"
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.nodes.yml").read_text())["services"]["student"]["environment"]
+# What several hosts need, as the compose file says it.
+TORCHRUN_S = {name: value for name, value in COMPOSE.items() if name.startswith("TORCH_")}
 # Fourteen processes that import torch one after another, on two cores that others may use as well.
 pytestmark = pytest.mark.timeout(900)
 _numbers = itertools.count()
@@ -117,7 +122,7 @@ def student(host: Host, meet_at: Host, args: list[str], *, nnodes: str = "2", re
         f"--rdzv-endpoint={meet_at.address}:29400", "--rdzv-id=run", f"--local-addr={host.address}",
         # torchrun knows the host it should meet at by its name, and all of these have one name.
         f"--rdzv-conf=is_host={int(host is meet_at)},last_call_timeout=5,keep_alive_interval=1", *own,
-    ])  # fmt: skip
+    ], **TORCHRUN_S)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +179,23 @@ def test_a_rank_that_dies_is_started_again_on_all_hosts_from_the_last_checkpoint
     assert "going on from step 10" in outputs[0] + outputs[1]
     assert weights(tmp_path / "run") == weights(undisturbed)
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, STEPS + 1)), "no step twice"
+
+
+@pytest.mark.suite
+def test_a_host_that_is_told_to_go_and_comes_back_is_waited_for(hosts, undisturbed, tiny_data, tmp_path):
+    """As when a spot node goes: its agent gets SIGTERM, all ranks save and end; the other host must not call it done."""
+    found, told = hosts
+    args = [*one_host_command(tiny_data, tmp_path / "run"), *told]
+    processes = [student(host, found[0], args, restarts=5) for host in found[:2]]
+    wait_for_step(processes[0], tmp_path / "run", 13)
+    processes[1].terminate()  # `ip netns exec` has become torchrun
+    said = processes[1].communicate(timeout=90)[0]
+    assert processes[1].returncode != 0, said[-4000:]
+    processes[1] = student(found[1], found[0], args, restarts=5)
+    outputs = [finish(process) for process in processes]
+    (step,) = re.findall(r"stopped at step (\d+) by a signal", outputs[0] + said)
+    assert f"going on from step {step}" in outputs[0] + outputs[1]
+    assert weights(tmp_path / "run") == weights(undisturbed)
 
 
 @pytest.mark.suite
