@@ -29,7 +29,7 @@ def check(argv: Sequence[str], compose_files: Sequence[str]) -> list[str]:
         case ["docker", *args]:
             return _check_docker(_DOCKER.parse_args(args))
         case [_, *args]:
-            _check_kubectl(_KUBECTL.parse_args(args))
+            return _check_kubectl(_KUBECTL.parse_args(args))
     return []
 
 
@@ -58,15 +58,17 @@ def _check_docker(asked: argparse.Namespace) -> list[str]:
     return asked.args if asked.verb == "exec" else []
 
 
-def _check_kubectl(asked: argparse.Namespace) -> None:
+def _check_kubectl(asked: argparse.Namespace) -> list[str]:
     manifests = [one for path in _MANIFESTS for one in yaml.safe_load_all(path.read_text()) if "kind" in one]
     kinds = {(one["kind"].lower(), one["metadata"]["name"]) for one in manifests if "name" in one.get("metadata", {})}
-    for name in filter(None, [getattr(asked, "manifest", ""), getattr(asked, "folder", "")]):
+    for name in filter(None, [*(getattr(asked, "manifest", None) or []), getattr(asked, "folder", "")]):
         if not (ROOT / name).exists():
             raise ValueError(f"there is no {name}")
     target = getattr(asked, "target", "")
     if target and tuple(target.split("/")) not in kinds:
         raise ValueError(f"the manifests have no {target}")
+    if (pod := getattr(asked, "pod", "").partition(":")[0]) and ("pod", pod) not in kinds:
+        raise ValueError(f"the manifests have no pod {pod}")
     if getattr(asked, "from_file", None):
         mounted = "\n".join(path.read_text() for path in _MANIFESTS)
         made = (ROOT / "docker" / "make_keys.sh").read_text()
@@ -76,6 +78,11 @@ def _check_kubectl(asked: argparse.Namespace) -> None:
             stem = file.rpartition("/")[2].partition(".")[0]
             if stem not in made:
                 raise ValueError(f"docker/make_keys.sh makes no {file}")
+    if selected := getattr(asked, "selector", ""):
+        labels = {("app", one["spec"]["selector"].get("app")) for one in manifests if one["kind"] == "Service"}
+        if tuple(selected.split(",")[0].split("=")) not in labels:
+            raise ValueError(f"no service of the manifests selects {selected}")
+    return list(getattr(asked, "args", []))
 
 
 def _read(file: str) -> Any:
@@ -129,19 +136,30 @@ def _kubectl() -> argparse.ArgumentParser:
     parser, verbs = _parser("kubectl")
     parser.add_argument("-n", choices=["funmatch"])
     _, kinds = _parser("create", verbs.add_parser("create"))
-    kinds.add_parser("namespace").add_argument("name", choices=["funmatch"])
     _, secrets = _parser("secret", kinds.add_parser("secret"))
     generic = secrets.add_parser("generic")
     generic.add_argument("name")
     generic.add_argument("--from-file", action="append", required=True)
     apply = verbs.add_parser("apply").add_mutually_exclusive_group(required=True)
-    apply.add_argument("-f", dest="manifest")
+    apply.add_argument("-f", dest="manifest", action="append")
     apply.add_argument("-k", dest="folder")
     logs = verbs.add_parser("logs")
     logs.add_argument("-f", action="store_true")
-    logs.add_argument("target")
+    logs.add_argument("--tail", type=int)
+    logs.add_argument("-l", dest="selector", required=True)
     _, rollouts = _parser("rollout", verbs.add_parser("rollout"))
     rollouts.add_parser("restart").add_argument("target")
+    status, wait, delete = rollouts.add_parser("status"), verbs.add_parser("wait"), verbs.add_parser("delete")
+    wait.add_argument("--for", required=True)
+    for one in (status, wait):
+        one.add_argument("--timeout", required=True)
+    for one in (status, wait, delete):
+        one.add_argument("target")
+    inside, copy = verbs.add_parser("exec"), verbs.add_parser("cp")
+    inside.add_argument("pod")
+    inside.add_argument("args", nargs=argparse.REMAINDER)
+    copy.add_argument("pod")
+    copy.add_argument("to")
     return parser
 
 

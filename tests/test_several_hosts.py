@@ -183,7 +183,7 @@ def test_a_rank_that_dies_is_started_again_on_all_hosts_from_the_last_checkpoint
 
 @pytest.mark.suite
 def test_a_host_that_is_told_to_go_and_comes_back_is_waited_for(hosts, undisturbed, tiny_data, tmp_path):
-    """As when a spot node goes: its agent gets SIGTERM, all ranks save and end; the other host must not call it done."""
+    """As when a spot node goes: its agent gets SIGTERM, all ranks save and end; the other must not call it done."""
     found, told = hosts
     args = [*one_host_command(tiny_data, tmp_path / "run"), *told]
     processes = [student(host, found[0], args, restarts=5) for host in found[:2]]
