@@ -9,6 +9,7 @@ have some, and the programs find none. Not here: several nodes, and what enforce
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -107,10 +108,10 @@ def student_at_step(least: int) -> None:
     first_pod = ("-l", "app=student,batch.kubernetes.io/job-completion-index=0")
     while True:
         said = subprocess.run(
-            ["kubectl", "-n", "funmatch", "logs", "--tail=1", *first_pod], capture_output=True, text=True
+            ["kubectl", "-n", "funmatch", "logs", "--tail=5", *first_pod], capture_output=True, text=True
         )
-        _, _, after = said.stdout.rpartition('"message": "step=')
-        if after.split(" ")[0].isdigit() and int(after.split(" ")[0]) >= least:
+        steps = re.findall(r'"message": "step=(\d+) ', said.stdout)
+        if steps and int(steps[-1]) >= least:
             return
         assert time.monotonic() < deadline, kubectl("-n", "funmatch", "get", "pods") + said.stdout + said.stderr
         time.sleep(0.5)
@@ -141,8 +142,8 @@ def test_a_fleet_and_a_student_on_kubernetes_live_through_what_a_cluster_does_to
     student_at_step(120)
     kubectl("-n", "funmatch", "delete", "pod", "-l", "app=student,batch.kubernetes.io/job-completion-index=1")
 
-    typed([*page.take("logs -f", 1), "kubectl -n funmatch wait --for=condition=complete --timeout=5m job/student"],
-          folder, 1200)  # fmt: skip
+    typed(page.take("^kubectl .* logs", 1), folder, 1200)
+    kubectl("-n", "funmatch", "wait", "--for=condition=complete", "--timeout=5m", "job/student")
     typed(page.take("shell", 5), folder, 900)
     left = [line for line in page.left if line.startswith(("kubectl", "docker build", "docker push"))]
     assert not left

@@ -4,17 +4,20 @@ import io
 import os
 import re
 import shutil
+import sys
 import time
 
 import prometheus_client
 import pytest
 import requests
+from PIL import Image
 from prometheus_client import CollectorRegistry, Gauge
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from docs import grafana
+from docs.browser import chromium, installed
 from docs.terminal import Screen, photograph, plain, running
 
 
@@ -90,3 +93,46 @@ def test_where_there_is_no_grafana_there_is_no_picture_of_it_and_elsewhere_it_is
         with grafana.beside(given, tmp_path, [1], 2) as address:
             assert address == given
     assert list(tmp_path.iterdir()) == []
+
+
+STAND_IN = """#!{python}
+import http.server, json, os, pathlib, sys
+
+assert sys.argv[1] == "server" and sys.argv[2].startswith("--homepath="), sys.argv
+provisioning = pathlib.Path(os.environ["GF_PATHS_PROVISIONING"])
+(source,) = json.loads((provisioning / "datasources" / "all.yml").read_text())["datasources"]
+(provider,) = json.loads((provisioning / "dashboards" / "all.yml").read_text())["providers"]
+(file,) = pathlib.Path(provider["options"]["path"]).glob("*.json")
+dashboard = json.loads(file.read_text())
+panels = "".join(f"<p class=panel-content>{{panel['title']}}</p>" for panel in dashboard["panels"])
+page = f"<style>body {{{{ background: #f00 }}}}</style><a href='{{source['url']}}'></a>{{panels}}"
+answers = {{"/api/health": "ok", f"/d/{{dashboard['uid']}}": page}}
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        found = answers.get(self.path.partition("?")[0])
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write((found or "").encode())
+
+address = os.environ["GF_SERVER_HTTP_ADDR"], int(os.environ["GF_SERVER_HTTP_PORT"])
+http.server.ThreadingHTTPServer(address, Answer).serve_forever()
+"""
+"""Answers as a Grafana does at the addresses that are asked, out of the files that it is given. It draws nothing."""
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="no prometheus on this machine: apt-get install prometheus")
+@pytest.mark.skipif(installed() is None, reason="no Chromium on this machine: apt-get install chromium")
+def test_a_grafana_is_given_the_dashboard_and_a_prometheus_and_is_photographed(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "grafana"
+    program.parent.mkdir()
+    program.write_text(STAND_IN.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    with grafana.beside(None, tmp_path, [1], 2) as address, chromium() as browser:
+        assert address
+        grafana.photograph(browser, address, 5, tmp_path / "grafana.png")
+    with Image.open(tmp_path / "grafana.png") as picture:
+        assert picture.convert("RGB").getpixel((picture.width - 5, 5)) == (255, 0, 0), "of that page"
+    with pytest.raises(requests.ConnectionError):  # it ended, too
+        requests.get(address, timeout=5)
