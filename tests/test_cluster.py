@@ -24,6 +24,8 @@ from test_compose import engine
 from typed import Page, clone, typed
 
 REGISTRY = "localhost:5000"
+TAG = f"test-{int(time.time())}"  # an image that a node has by name is not pulled again
+FIRST_POD = "app=student,batch.kubernetes.io/job-completion-index=0"  # where the others meet
 CLAIMS = {"data": "200Gi", "runs": "50Gi"}
 
 
@@ -78,13 +80,15 @@ def volumes(tmp_path) -> Iterator[dict[str, Path]]:
     yield folders
     kubectl("delete", "namespace", "funmatch", "--ignore-not-found")
     kubectl("delete", "-f", "-", given=listed)
+    images = [f"{REGISTRY}/funmatch-{name}:{TAG}" for name in ("teacher", "student")]
+    subprocess.run(["docker", "image", "rm", *images], capture_output=True)
 
 
 def choose(manifests: Path) -> None:
     """What a reader puts into the files: names, here of small things, and what these need."""
     small = {'cpu: "16", memory: 32Gi', 'cpu: "8", memory: 16Gi', 'cpu: "4", memory: 4Gi', 'cpu: "1", memory: 2Gi'}
     choices = {
-        "kustomization.yaml": [("newTag: latest", f"newName: {REGISTRY}/funmatch-teacher, newTag: '1'")],
+        "kustomization.yaml": [("newTag: latest", f"newName: {REGISTRY}/funmatch-teacher, newTag: {TAG}")],
         "storage.yaml": [("  accessModes", "  storageClassName: ''\n  accessModes")],
         "prepare.yaml": [("[flowers102, ", "[digits, ")],
         "teacher.yaml": [("bit:R152x2_T_flowers128", "/runs/teacher/model.safetensors")],
@@ -98,17 +102,16 @@ def choose(manifests: Path) -> None:
             text = text.replace(written, chosen)
         for request in small:
             text = text.replace(request, "cpu: 100m, memory: 100Mi")
-        text = text.replace("image: funmatch-student:latest", f"image: {REGISTRY}/funmatch-student:1")
+        text = text.replace("image: funmatch-student:latest", f"image: {REGISTRY}/funmatch-student:{TAG}")
         (manifests / name).write_text(text)
 
 
 def student_at_step(least: int) -> None:
     """Waits until the student has come so far."""
     deadline = time.monotonic() + 600
-    first_pod = ("-l", "app=student,batch.kubernetes.io/job-completion-index=0")
     while True:
         said = subprocess.run(
-            ["kubectl", "-n", "funmatch", "logs", "--tail=5", *first_pod], capture_output=True, text=True
+            ["kubectl", "-n", "funmatch", "logs", "--tail=5", "-l", FIRST_POD], capture_output=True, text=True
         )
         steps = re.findall(r'"message": "step=(\d+) ', said.stdout)
         if steps and int(steps[-1]) >= least:
@@ -120,7 +123,10 @@ def student_at_step(least: int) -> None:
 def test_a_fleet_and_a_student_on_kubernetes_live_through_what_a_cluster_does_to_them(tmp_path, volumes):
     folder = clone(tmp_path / "funmatch")
     choose(folder / "docker" / "k8s")
-    page = Page("docs/deployment.md", {"registry.example": REGISTRY})
+    page = Page(
+        "docs/deployment.md",
+        {"registry.example": REGISTRY, "-teacher:1": f"-teacher:{TAG}", "-student:1": f"-student:{TAG}"},
+    )
     typed(page.take("^docker (build|push)", 4), folder, 3000)
     typed(page.take("^sh docker/make_keys.sh|namespace.yaml|create secret", 4), folder, 60)
     typed(page.take("prepare", 2), folder, 900)
@@ -141,6 +147,9 @@ def test_a_fleet_and_a_student_on_kubernetes_live_through_what_a_cluster_does_to
     kubectl("-n", "funmatch", "rollout", "restart", "deployment/teacher")
     student_at_step(120)
     kubectl("-n", "funmatch", "delete", "pod", "-l", "app=student,batch.kubernetes.io/job-completion-index=1")
+    student_at_step(200)
+    kubectl("-n", "funmatch", "delete", "pod", "-l", FIRST_POD)
+    student_at_step(220)
 
     typed(page.take("^kubectl .* logs", 1), folder, 1200)
     kubectl("-n", "funmatch", "wait", "--for=condition=complete", "--timeout=5m", "job/student")
