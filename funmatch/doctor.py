@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     flags.add_argument("--data", type=Path, nargs="+", default=[], metavar="DIR", help="prepared data sets")
     flags.add_argument("--teacher", nargs="+", default=[], metavar="ADDR", help="as at train: an entry a teacher, "
-                       "commas between its replicas; HOST:PORT, unix:/PATH or dns:///NAME:PORT")  # fmt: skip
+                       "commas between replicas; HOST:PORT, HOST:FIRST-LAST, unix:/PATH, dns:///NAME:PORT")  # fmt: skip
     flags.add_argument("--run-dir", type=Path, metavar="DIR", help="a run's folder, new or to go on in")
     flags.add_argument("--recipe", metavar="NAME", help="with --run-dir: the recipe, whose settings are compared")
     flags.add_argument("--store", metavar="URL", help="where a fixed teacher's logits are kept: a folder or redis://")

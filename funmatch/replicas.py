@@ -13,7 +13,7 @@ from funmatch.finding import Finding, broken, look, ok
 from protos import teacher_pb2 as pb
 from protos import teacher_pb2_grpc as pb_grpc
 from student_trainer.fleet import Credentials
-from student_trainer.fleet.addresses import Addresses, Place, look_up
+from student_trainer.fleet.addresses import Addresses, Place, look_up, name_and_port, why_not
 
 
 @dataclass
@@ -64,12 +64,11 @@ def _places(entry: str) -> tuple[list[Place], list[Finding]]:
     addresses = Addresses(entry.split(","))
     places, lost = set(addresses.fixed), []
     for named in addresses.names:
-        name, _, port = named.removeprefix("dns:").lstrip("/").rpartition(":")
+        name, port = name_and_port(named) or ("", "")
         try:
             places |= {Place(target, name=name) for target in look_up(name, port)}
         except OSError as error:
-            says = f"{name} cannot be looked up: {error.strerror or error}"
-            lost.append(broken("teacher", says, "correct the name, or start the service that has it"))
+            lost.append(broken("teacher", why_not(name, error), "correct it, or start the service that has it"))
     return sorted(places), lost
 
 

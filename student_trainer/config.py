@@ -59,9 +59,9 @@ class TeacherConfig:
     """Who answers, and how long we wait."""
 
     addresses: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--teacher"])] = ()
-    """One entry a teacher: the addresses of its replicas with commas between: host:port, unix:/path, or dns:///name:port,
-    which is looked up again and again, so that replicas may come and go. Several entries are an ensemble (section 3.6).
-    None: start teachers beside this run."""
+    """One entry a teacher: the addresses of its replicas with commas between: host:port, unix:/path; dns:///name:port
+    or host:first-last (ports) are looked up again and again, so that replicas may come and go. Several entries are an
+    ensemble (section 3.6). None: start teachers beside this run."""
     model: tuple[str, ...] = ()
     """Without addresses: models to start beside this run, one a teacher (.safetensors, .npz, bit:NAME, timm name)."""
     ensemble: Literal["logits", "probabilities", "sum_kl"] = "logits"

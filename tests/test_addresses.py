@@ -85,7 +85,29 @@ def test_a_name_that_says_nothing_keeps_what_it_said(soon):
     assert watcher.places == [{"10.0.0.1:5"}]
 
 
-@pytest.mark.parametrize("entry", ["host", "http://x", "dns:///:5", "dns:///name", "dns:///name:port", ""])
+@pytest.mark.parametrize("entry", ["a:9-8", "a:1-257"])
+def test_ports_that_are_none_are_refused(entry):
+    with pytest.raises(ValueError, match="256 of them at most: HOST:50051-50058"):
+        Addresses([entry])
+
+
+def test_of_a_range_of_ports_those_are_teachers_at_which_somebody_listens(soon):
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+        first, last = max(1, port - 2), min(65535, port + 2)
+        where, watcher = Addresses([f"127.0.0.1:{first}-{last}"]), Watcher()
+        assert where.names and not where.fixed
+        where.watch(watcher.on_change, watcher.hear)
+        assert f"127.0.0.1:{port}" in watcher.wait()
+    while not watcher.words or "nobody listens" not in watcher.words[-1]:
+        time.sleep(0.01)
+    where.close()
+    assert watcher.words[-1] == f"127.0.0.1: nobody listens at ports {first}-{last}; what it stood for is kept"
+
+
+@pytest.mark.parametrize(
+    "entry", ["host", "http://x", "a:-5", "a:5-", "dns:///:5", "dns:///name", "dns:///name:port", ""]
+)
 def test_what_is_no_address_is_refused_with_the_forms_there_are(entry):
     with pytest.raises(ValueError, match="dns:///NAME:PORT"):
         Addresses([entry])

@@ -54,7 +54,8 @@ def machine(folder: Path, files: str = "docker-compose.yml:docker-compose.cpu.ym
     try:
         yield type_
     finally:
-        type_("docker-compose down -v --remove-orphans")
+        # Of the volumes one is that of all projects, and stays while another one uses it.
+        type_('docker-compose down -v --remove-orphans || [ -z "$(docker-compose ps -aq)" ]')
 
 
 def block(first_words: str) -> str:

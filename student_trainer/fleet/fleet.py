@@ -55,7 +55,7 @@ class Fleet:
         """Connect, and wait until one teacher has said who it is.
 
         Args:
-            replicas: "host:port", "unix:/path" or "dns:///name:port", which is looked up again and again.
+            replicas: "host:port", "unix:/path"; "dns:///name:port" or "host:first-last", looked up again and again.
             data_digest: of the data set that samples point into.
             client: names this run, the same on all its ranks: a busy teacher is shared fairly between names.
             credentials: TLS and token; by default neither.
