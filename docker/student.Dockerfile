@@ -20,6 +20,9 @@ COPY data_prep data_prep
 COPY student_trainer student_trainer
 RUN python -m compileall -q .
 
+# With a store that torchrun keeps over its restarts (the default) ranks that begin again may read what those before them
+# wrote there, and a host that comes back waits for an address that nobody tells it.
+ENV TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HF_HOME=/cache/huggingface FUNMATCH_WEIGHTS=/cache/weights MPLCONFIGDIR=/tmp/matplotlib \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor TRITON_CACHE_DIR=/cache/triton CUDA_CACHE_PATH=/cache/cuda \

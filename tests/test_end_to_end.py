@@ -18,6 +18,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+# What torchrun needs to begin again, as the image says it.
+RESTARTS = dict(re.findall(r"^ENV (TORCH_\w+)=(\S+)$", (ROOT / "docker" / "student.Dockerfile").read_text(), re.M))
 STEPS = 40
 CHECKPOINT_EVERY = 10
 
@@ -70,8 +72,8 @@ def command(data: Path, run_dir: Path, *addresses: str, ranks: int = 2) -> list[
     ]  # fmt: skip
 
 
-def start(args: list[str], cwd: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(args: list[str], cwd: Path, **variables: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(
         args, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -160,7 +162,7 @@ def test_a_run_that_a_signal_stops_is_no_finished_one_and_torchrun_starts_it_aga
     undisturbed, teachers, tiny_data, tmp_path
 ):
     args = command(tiny_data, tmp_path / "run", *(t.address for t in teachers))
-    process = start([args[0], "--max-restarts=1", *args[1:]], tmp_path)
+    process = start([args[0], "--max-restarts=1", *args[1:]], tmp_path, **RESTARTS)
     wait_for_step(process, tmp_path / "run", 13)
     os.kill(max(set(ranks_of(tmp_path / "run")) - {process.pid}), signal.SIGTERM)  # one rank: its host is to go
     output = finish(process)

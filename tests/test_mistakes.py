@@ -220,7 +220,10 @@ MISTAKES = {
     ),
     "no teacher": (TRAIN + "--teacher.model", "give the addresses of running ones (--teacher HOST:PORT)"),
     "a teacher that is not reachable": (TRAIN + "--teacher 127.0.0.1:1", "127.0.0.1:1"),
-    "an address that is none": (TRAIN + "--teacher localhost", "give HOST:PORT, unix:/PATH or dns:///NAME:PORT"),
+    "an address that is none": (
+        TRAIN + "--teacher localhost",
+        "give HOST:PORT, HOST:FIRST-LAST, unix:/PATH or dns:///NAME:PORT",
+    ),
     "one teacher given as two": (TRAIN + "--teacher {first} {first}", "replicas of one teacher are given with commas"),
     "a teacher of other classes": (
         TRAIN + "--teacher {first} --data animals --optim.warmup-steps 0",

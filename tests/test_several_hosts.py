@@ -20,20 +20,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from student_trainer.config import TeacherConfig
 from student_trainer.recipes import RECIPES
 from student_trainer.teachers import services
 from student_trainer.world import World
-from test_end_to_end import STEPS, TORCHRUN, finish, lines, ranks_of, wait_for_step, weights
+from test_end_to_end import RESTARTS, STEPS, TORCHRUN, finish, lines, ranks_of, wait_for_step, weights
 from test_end_to_end import command as one_host_command
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = "10.213.7"
-COMPOSE = yaml.safe_load((ROOT / "docker-compose.nodes.yml").read_text())["services"]["student"]["environment"]
-# What several hosts need, as the compose file says it.
-TORCHRUN_S = {name: value for name, value in COMPOSE.items() if name.startswith("TORCH_")}
 # Fourteen processes that import torch one after another, on two cores that others may use as well.
 pytestmark = pytest.mark.timeout(900)
 _numbers = itertools.count()
@@ -122,7 +118,7 @@ def student(host: Host, meet_at: Host, args: list[str], *, nnodes: str = "2", re
         f"--rdzv-endpoint={meet_at.address}:29400", "--rdzv-id=run", f"--local-addr={host.address}",
         # torchrun knows the host it should meet at by its name, and all of these have one name.
         f"--rdzv-conf=is_host={int(host is meet_at)},last_call_timeout=5,keep_alive_interval=1", *own,
-    ], **TORCHRUN_S)  # fmt: skip
+    ], **RESTARTS)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
